@@ -1,0 +1,13 @@
+"""DeepSeek-V4 inference as pure functional JAX.
+
+>>> import dsv4_jax as dsv4
+>>> model = dsv4.load("tiny", recipe="bf16")
+>>> state = dsv4.init_state(model, batch=1, max_len=1024)
+>>> logits, state = dsv4.prefill(model, tokens, lengths, state)
+>>> logits, state = dsv4.decode_step(model, next_tokens, state)
+"""
+
+from dsv4_jax.config import FLASH, PRO, TINY, ModelConfig
+from dsv4_jax.model import DecodeState, Model, decode_step, forward, init_state, prefill, random_model
+from dsv4_jax.precision import RECIPES, Recipe
+from dsv4_jax.sharding import make_mesh

@@ -1,0 +1,28 @@
+"""The multi-token-prediction block: from the residual of token p and token p + 1, predict token p + 2."""
+
+from __future__ import annotations
+
+import jax
+
+from dsv4_jax.block import block
+from dsv4_jax.cache import Chunk, LayerCache
+from dsv4_jax.layers import embed, head, linear, norm
+from dsv4_jax.sharding import Context
+
+
+def mtp(ctx: Context, weights: dict, cache: LayerCache, hidden: jax.Array, next_tokens: jax.Array, chunk: Chunk):
+    """hidden [B, T, M, D] of the tokens at chunk.positions, next_tokens int32 [B, T] that follow them.
+
+    X = e_proj enorm(embed(next token)) broadcast over the streams + h_proj hnorm(hidden), each stream normed.
+    Returns (streams [B, T, M, D], cache, Pending); `mtp_logits` of the streams predicts the token after next.
+    """
+    w = weights["mtp"]
+    e = linear(ctx, norm(ctx, embed(ctx, weights["embed"], next_tokens), w["enorm"]), w["e_proj"])
+    h = linear(ctx, norm(ctx, hidden, w["hnorm"]), w["h_proj"])
+    return block(ctx, "mtp", w, cache, e[..., None, :] + h, next_tokens, chunk, 0)
+
+
+def mtp_logits(ctx: Context, weights: dict, streams: jax.Array) -> jax.Array:
+    """Streams [..., M, D] of the MTP block -> logits fp32 [..., V], through the shared head."""
+    w = weights["mtp"]
+    return head(ctx, streams, w["hc_head"], w["norm"], weights["head"])
