@@ -11,3 +11,10 @@ from dsv4_jax.config import FLASH, PRO, TINY, ModelConfig
 from dsv4_jax.model import DecodeState, Model, decode_step, forward, init_state, prefill, random_model
 from dsv4_jax.precision import RECIPES, Recipe
 from dsv4_jax.sharding import make_mesh
+
+
+def load(path, recipe="bf16", mesh=None, **options) -> Model:
+    """A saved model, or the embedded one ("tiny"), in the formats of `recipe`; see `checkpoints.load`."""
+    from checkpoints import load as load_checkpoint
+
+    return load_checkpoint(path, recipe, mesh, **options)

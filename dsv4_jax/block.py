@@ -28,14 +28,19 @@ def block(ctx: Context, name: str, w: dict, cache: LayerCache, streams, tokens, 
 
 
 def _block(ctx: Context, w: dict, cache: LayerCache, streams, tokens, chunk: Chunk, ratio: int):
+    ctx.save("streams", streams)
     with jax.named_scope("attention"):
         x, post, comb = _hc_pre(ctx, streams, w["hc_attn"])
-        x, cache, pending = attention(ctx, w["attn"], cache, norm(ctx, x, w["attn_norm"]), chunk, ratio)
+        x = norm(ctx, x, w["attn_norm"])
+        ctx.save("attn_in", x)
+        x, cache, pending = attention(ctx, w["attn"], cache, x, chunk, ratio)
         ctx.save("attn", x)
         streams = ops.hc_post(streams, x, post, comb)
     with jax.named_scope("experts"):
         x, post, comb = _hc_pre(ctx, streams, w["hc_ffn"])
-        x = moe(ctx, w["ffn"], norm(ctx, x, w["ffn_norm"]), tokens)
+        x = norm(ctx, x, w["ffn_norm"])
+        ctx.save("ffn_in", x)
+        x = moe(ctx, w["ffn"], x, tokens)
         ctx.save("ffn", x)
         streams = ops.hc_post(streams, x, post, comb)
     return streams, cache, pending

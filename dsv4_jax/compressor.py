@@ -44,6 +44,6 @@ def compress(ctx: Context, w: dict, state: CompressorState, x: jax.Array, chunk:
         return jnp.concatenate([picked[:, :, :ratio, :width], picked[:, :, ratio:, width:]], axis=2)
 
     scores = jnp.where(positions[..., None] >= 0, gather(state.score, score), -jnp.inf)
-    pooled = ops.compress_pool(gather(state.kv, kv), scores).astype(ctx.recipe.activation_dtype)
+    pooled = ops.round_to(ops.compress_pool(gather(state.kv, kv), scores), ctx.recipe.activation_dtype)
     entries = ops.rope(norm(ctx, pooled, w["norm"]), *rope_angles(ctx, ratio, index * ratio))
     return entries, index, (index + 1) * ratio <= chunk.end[:, None], pending

@@ -19,6 +19,8 @@ def select(ctx: Context, w: dict, keys, state: CompressorState, x: jax.Array, qr
     Appends the index keys of the blocks that close here, scores every visible key, keeps the best index_topk.
     """
     c = ctx.config
+    # A selection has no gradient; in training the scores are fitted to the attention, not the trunk to the scores.
+    x, qr = jax.lax.stop_gradient(x), jax.lax.stop_gradient(qr)
     q = linear(ctx, qr, w["wq_b"]).reshape(*qr.shape[:2], c.index_n_heads, c.index_head_dim)
     q = ops.rope(q, *(a[:, :, None] for a in angles))
     fresh, index, closed, pending = compress(ctx, w["compressor"], state, x, chunk, CSA)

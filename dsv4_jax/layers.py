@@ -36,14 +36,14 @@ def linear(ctx: Context, x: jax.Array, *weights, split: bool = False):
         if kind not in inputs:
             inputs[kind] = quantize_input(ctx, x, w, split)
         out = ops.linear(inputs[kind], w)
-        outputs.append((ctx.psum(out) if split else out).astype(ctx.recipe.activation_dtype))
+        outputs.append(ops.round_to(ctx.psum(out) if split else out, ctx.recipe.activation_dtype))
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 def grouped_linear(ctx: Context, x: jax.Array, w) -> jax.Array:
     """x [..., G, K], w [G, N, K] -> [..., G, N] in the activation dtype. FP8 weights take plain input here (wo_a)."""
     x = quantize_input(ctx, x, w) if isinstance(w, ops.NVFP4Tensor) else x
-    return ops.grouped_linear(x, w).astype(ctx.recipe.activation_dtype)
+    return ops.round_to(ops.grouped_linear(x, w), ctx.recipe.activation_dtype)
 
 
 def rope_angles(ctx: Context, ratio: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

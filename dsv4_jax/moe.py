@@ -37,7 +37,7 @@ def moe(ctx: Context, w: dict, x: jax.Array, tokens: jax.Array) -> jax.Array:
     few = ids.size <= _GATHER_FACTOR * local
     routed = (_gathered if few else _every_expert)(ctx, experts, flat, ids, weights, split)
     shared = _expert(ctx, w["shared_experts"], flat, None, split=True)
-    y = ctx.psum(routed + shared).astype(ctx.recipe.activation_dtype)
+    y = ops.round_to(ctx.psum(routed + shared), ctx.recipe.activation_dtype)
     return y.reshape(x.shape)
 
 

@@ -9,6 +9,7 @@ from ffi_kernels.dispatch import backend, backends, current
 from ffi_kernels.linear import gathered_linear, grouped_linear, linear
 from ffi_kernels.moe import route, router_scores, swiglu
 from ffi_kernels.norm import hadamard, hc_head, hc_post, hc_pre, rms_norm, rope
+from ffi_kernels.numerics import round_to
 from ffi_kernels.quantize import (
     dequantize, encode_kv, kv_values, mxfp4_to_nvfp4, quantize_fp8, quantize_fp8_weight, quantize_mxfp4,
     quantize_nvfp4_rows, quantize_nvfp4_weight,
@@ -20,5 +21,5 @@ __all__ = [
     "backends", "compress_pool", "current", "dequantize", "encode_kv", "gathered_linear", "grouped_linear", "hadamard",
     "hc_head", "hc_post", "hc_pre", "index_scores", "kv_values", "linear", "mxfp4_to_nvfp4", "quantize_fp8",
     "quantize_fp8_weight", "quantize_mxfp4", "quantize_nvfp4_rows", "quantize_nvfp4_weight", "rms_norm", "rope",
-    "route", "router_scores", "swiglu", "top_entries",
+    "round_to", "route", "router_scores", "swiglu", "top_entries",
 ]  # fmt: skip

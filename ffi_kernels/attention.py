@@ -36,4 +36,6 @@ def attention(q, keys, mask, sink, picked=None, picked_mask=None) -> jax.Array:
     [B, T, X, K] (picked_mask bool [B, T, X]); sink fp32 [H] -> [B, T, H, K] in q.dtype. Key = value."""
     if mask.shape != (*q.shape[:2], keys.shape[1]) or sink.shape != (q.shape[2],):
         raise ValueError(f"attention got q {q.shape}, keys {keys.shape}, mask {mask.shape}, sink {sink.shape}.")
+    if (picked is None) != (picked_mask is None) or (picked is not None and picked.shape[:3] != picked_mask.shape):
+        raise ValueError("attention takes picked [B, T, X, K] and picked_mask [B, T, X] together, or neither.")
     return implementation("attention")(q, keys, mask, sink, picked, picked_mask)

@@ -20,6 +20,13 @@ def power_of_two(exponent: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type((exponent.astype(jnp.int32) + 127) << 23, jnp.float32)
 
 
+def round_to(x: jax.Array, dtype) -> jax.Array:
+    """x rounded once to bf16 (or left in fp32), even where XLA would skip a conversion that is undone at once."""
+    if dtype == jnp.bfloat16 and x.dtype == jnp.float32:
+        x = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
+
+
 def exponent_of(x: jax.Array) -> jax.Array:
     """floor(log2 |x|) of normal fp32 x as int32; -127 for zero and subnormals, 128 for inf and nan."""
     return ((jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF) - 127
@@ -36,32 +43,53 @@ def scale_by_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
     return jnp.where(subnormal, mantissa, x) * power_of_two(first) * power_of_two(second)
 
 
-def divide(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x / y in fp32, correctly rounded for normal quotients.
+def times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """x * 2**exponent for fp32 x that is zero or normal, and int32 exponent in [-252, 254]; cheaper than the above."""
+    first = jnp.clip(exponent, -126, 127)
+    second = power_of_two(jnp.clip(exponent - first, -126, 127))
+    return x * power_of_two(first) * jnp.where(x == x, second, x)  # XLA would merge two constant factors, and overflow
 
-    XLA:GPU divides with an error of up to 2 ulp, so one Newton step on the exactly computed remainder follows.
+
+@jax.jit  # outside a trace, platform_dependent compiles anew at every call
+def divide(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x / y in fp32, correctly rounded for normal operands and quotients.
+
+    XLA:GPU divides with an error of up to 2 ulp, so a correction by the exactly computed remainder follows there.
     """
-    y = jnp.where(y == y, y, jnp.nan)  # never a constant in the graph: XLA multiplies by reciprocals of constants
+    # A divisor that depends on x is never a constant of the graph: XLA multiplies by reciprocals of constants.
+    y = jnp.where((x == x) & (y == y), y, jnp.nan)
     return jax.lax.platform_dependent(x, y, cpu=lambda x, y: x / y, default=_divide_corrected)
 
 
 def _divide_corrected(x: jax.Array, y: jax.Array) -> jax.Array:
-    # Scale both to [1, 2) so that no step under- or overflows; then fix the quotient by its exact remainder.
+    # Scale both to [1, 2) so that no step under- or overflows.
     shift_x, shift_y = exponent_of(x), exponent_of(y)
     a = scale_by_power_of_two(x, -shift_x)
     b = scale_by_power_of_two(y, -shift_y)
-    q = a / b
-    split = jnp.int32(-4096)  # 0xfffff000: halves of 12 bits, so that every partial product is exact
+    sign = jnp.where((a < 0) != (b < 0), -1.0, 1.0)
+    a, b = jnp.abs(a), jnp.abs(b)
+    q = sign * scale_by_power_of_two(_correct_quotient(a, b, a / b), shift_x - shift_y)
+    normal = (jnp.abs(2 * shift_x - 1) < 255) & (jnp.abs(2 * shift_y - 1) < 255)  # both in [-126, 127]
+    return jnp.where(normal, q, x / y)
 
-    def high(v):
-        return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(v, jnp.int32) & split, jnp.float32)
 
-    qh, bh = high(q), high(b)
-    ql, bl = q - qh, b - bh
-    remainder = (((a - qh * bh) - qh * bl) - ql * bh) - ql * bl
-    q = scale_by_power_of_two(q + remainder / b, shift_x - shift_y)
-    ordinary = (jnp.abs(shift_x) < 126) & (jnp.abs(shift_y) < 126) & (x != 0) & (y != 0)
-    return jnp.where(ordinary, q, x / y)
+def _correct_quotient(a: jax.Array, b: jax.Array, q: jax.Array) -> jax.Array:
+    """a / b correctly rounded, for a and b in [1, 2) and a q within 2 ulp of it."""
+
+    def high(v):  # the upper 12 bits of the significand, so that every partial product below is exact
+        return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(v, jnp.int32) & jnp.int32(-4096), jnp.float32)
+
+    def remainder(q):
+        qh, bh = high(q), high(b)
+        ql, bl = q - qh, b - bh
+        return (((a - qh * bh) - qh * bl) - ql * bh) - ql * bl
+
+    q = q + remainder(q) / b  # now within 1 ulp, where the remainder is exact
+    r = remainder(q)
+    # The quotient of two floats is never halfway between two floats: the nearer neighbour is the answer.
+    bits = jax.lax.bitcast_convert_type(q, jnp.int32) + jnp.where(r > 0, 1, -1)
+    neighbour = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(2 * jnp.abs(r) > jnp.abs(neighbour - q) * b, neighbour, q)
 
 
 def ceil_log2(x: jax.Array, fraction: float) -> jax.Array:

@@ -104,12 +104,13 @@ def mxfp4_to_nvfp4(w: MXFP4Tensor) -> tuple[NVFP4Tensor, jax.Array]:
     Returns the tensor and the int32 count of blocks whose scale e4m3 cannot hold (kmax - k > 17); those become zero.
     """
     exponent = numerics.decode_e8m0(w.scale)
-    largest = exponent.max((-2, -1))
-    relative = exponent - largest[..., None, None] + 8
+    base = jnp.maximum(exponent.max((-2, -1)) - 8, -126)  # what the global scale can hold without a subnormal
+    relative = exponent - base[..., None, None]
     scale = jnp.where(relative >= -9, numerics.power_of_two(jnp.maximum(relative, -9)), 0.0)
     scale = jnp.repeat(scale, MXFP4_BLOCK // NVFP4_BLOCK, axis=-1).astype(jnp.float8_e4m3fn)
-    inexact = (relative < -9).sum(dtype=jnp.int32)
-    return NVFP4Tensor(w.data, scale, numerics.power_of_two(jnp.clip(largest - 8, -126, 127))), inexact
+    used = (w.data != 0).reshape(*w.scale.shape, -1).any(-1)  # a block of zeros is exact under any scale
+    inexact = ((relative < -9) & used).sum(dtype=jnp.int32)
+    return NVFP4Tensor(w.data, scale, numerics.power_of_two(base)), inexact
 
 
 def _block_values(t, dtype) -> jax.Array:
@@ -129,7 +130,7 @@ def _block_values(t, dtype) -> jax.Array:
         exponent = jnp.repeat(numerics.decode_e8m0(t.scale), FP8_BLOCK, axis=-1)[..., : t.shape[-1]]
     else:
         return t.astype(dtype)
-    return numerics.scale_by_power_of_two(values, exponent).astype(dtype)
+    return numerics.times_power_of_two(values, exponent).astype(dtype)  # e2m1 and e4m3 values are normal in fp32
 
 
 def dequantize(t) -> jax.Array:
@@ -157,7 +158,7 @@ def decode_kv(cache: FP8KVCache, rope_dim: int) -> jax.Array:
     nope = jax.lax.bitcast_convert_type(cache.data[..., : -2 * rope_dim], jnp.float8_e4m3fn).astype(jnp.float32)
     blocks = nope.shape[-1] // KV_BLOCK
     exponent = jnp.repeat(numerics.decode_e8m0(cache.scale[..., :blocks]), KV_BLOCK, axis=-1)
-    nope = numerics.scale_by_power_of_two(nope, exponent).astype(jnp.bfloat16)
+    nope = numerics.times_power_of_two(nope, exponent).astype(jnp.bfloat16)
     rope = cache.data[..., -2 * rope_dim :].reshape(*cache.data.shape[:-1], rope_dim, 2)
     return jnp.concatenate([nope, jax.lax.bitcast_convert_type(rope, jnp.bfloat16)], axis=-1)
 
@@ -222,7 +223,7 @@ def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
     """x * rsqrt(mean(x^2) + eps) * weight over the last axis, in fp32, rounded once to x.dtype."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
-    return (wide if weight is None else wide * weight.astype(jnp.float32)).astype(x.dtype)
+    return numerics.round_to(wide if weight is None else wide * weight.astype(jnp.float32), x.dtype)
 
 
 def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -231,7 +232,7 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     tail = x[..., -rope_dim:].astype(jnp.float32)
     a, b = tail[..., 0::2], tail[..., 1::2]
     rotated = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(tail.shape)
-    return jnp.concatenate([x[..., :-rope_dim], rotated.astype(x.dtype)], axis=-1)
+    return jnp.concatenate([x[..., :-rope_dim], numerics.round_to(rotated, x.dtype)], axis=-1)
 
 
 def hadamard(x: jax.Array) -> jax.Array:
@@ -240,7 +241,7 @@ def hadamard(x: jax.Array) -> jax.Array:
     matrix = np.ones((1, 1), np.float32)
     while matrix.shape[0] < n:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (_dot(x.astype(jnp.float32), jnp.asarray(matrix)) * n**-0.5).astype(x.dtype)
+    return numerics.round_to(_dot(x.astype(jnp.float32), jnp.asarray(matrix)) * n**-0.5, x.dtype)
 
 
 # --- hyper-connections (facts section 2, mHC) -------------------------------------------------------------------
@@ -270,7 +271,7 @@ def hc_pre(streams, fn, base, scale, *, iterations: int, eps: float, norm_eps: f
     pre = jax.nn.sigmoid(mix[..., :m] * scale[0] + base[:m]) + eps
     post = 2 * jax.nn.sigmoid(mix[..., m : 2 * m] * scale[1] + base[m : 2 * m])
     comb = (mix[..., 2 * m :] * scale[2] + base[2 * m :]).reshape(*mix.shape[:-1], m, m)
-    y = (pre[..., None] * streams.astype(jnp.float32)).sum(-2).astype(streams.dtype)
+    y = numerics.round_to((pre[..., None] * streams.astype(jnp.float32)).sum(-2), streams.dtype)
     return y, post, sinkhorn(comb, iterations, eps)
 
 
@@ -278,13 +279,13 @@ def hc_post(streams: jax.Array, f: jax.Array, post: jax.Array, comb: jax.Array) 
     """new X_k = post_k f + sum_j comb[j, k] X_j, rounded to streams.dtype."""
     wide = streams.astype(jnp.float32)
     mixed = (comb[..., :, :, None] * wide[..., :, None, :]).sum(-3)
-    return (post[..., None] * f.astype(jnp.float32)[..., None, :] + mixed).astype(streams.dtype)
+    return numerics.round_to(post[..., None] * f.astype(jnp.float32)[..., None, :] + mixed, streams.dtype)
 
 
 def hc_head(streams, fn, base, scale, *, eps: float, norm_eps: float) -> jax.Array:
     """streams [..., M, D] -> [..., D]: sum_j (sigmoid(m_j scale + base_j) + eps) X_j."""
     pre = jax.nn.sigmoid(_hc_mix(streams, fn, norm_eps) * scale + base) + eps
-    return (pre[..., None] * streams.astype(jnp.float32)).sum(-2).astype(streams.dtype)
+    return numerics.round_to((pre[..., None] * streams.astype(jnp.float32)).sum(-2), streams.dtype)
 
 
 # --- compressor, indexer, attention -----------------------------------------------------------------------------
@@ -309,6 +310,7 @@ def top_entries(scores: jax.Array, visible: jax.Array, count: int) -> jax.Array:
     entries, best first, ties to the lower index, -1 where fewer are visible."""
     entries = scores.shape[-1]
     seen = jnp.arange(entries) < visible[..., None]
+    scores = jnp.where(scores == 0, 0.0, scores)  # top_k ranks -0 below 0, which is no tie
     picked = jax.lax.top_k(jnp.where(seen, scores, -jnp.inf), min(count, entries))[1]
     return jnp.where(jnp.arange(picked.shape[-1]) < visible[..., None], picked, -1)
 
@@ -317,8 +319,9 @@ def attention(q, keys, mask, sink, picked=None, picked_mask=None) -> jax.Array:
     """Softmax attention with a sink over shared and per-token entries; key = value.
 
     q [B, T, H, K]; keys [B, S, K] with mask bool [B, T, S]; picked [B, T, X, K] with picked_mask [B, T, X], entries
-    of each token's own; sink fp32 [H] joins the denominator only. Scores q.k * K**-0.5 and softmax in fp32, P in
-    q.dtype, accumulation in fp32, result in q.dtype [B, T, H, K]. A token that sees nothing yields zeros.
+    of each token's own; sink fp32 [H] joins the denominator only. Scores q.k * K**-0.5 and their exponentials in fp32,
+    rounded to q.dtype for the product with V, accumulated in fp32 and divided by the fp32 sum of the unrounded ones;
+    result in q.dtype [B, T, H, K]. A token that sees nothing yields zeros.
     """
     scale = q.shape[-1] ** -0.5
     shared = jnp.einsum("bthk,bsk->bths", q, keys, precision="highest", preferred_element_type=jnp.float32) * scale
@@ -327,19 +330,18 @@ def attention(q, keys, mask, sink, picked=None, picked_mask=None) -> jax.Array:
         own = jnp.einsum("bthk,btxk->bthx", q, picked, precision="highest", preferred_element_type=jnp.float32) * scale
         scores = jnp.concatenate([scores, jnp.where(picked_mask[:, :, None], own, -jnp.inf)], axis=-1)
     sink = jnp.broadcast_to(sink[:, None], (*scores.shape[:-1], 1))
-    top = jnp.max(scores, -1, keepdims=True)
-    top = jnp.where(jnp.isfinite(sink), jnp.maximum(top, sink), top)  # a sink of +-inf must not become inf - inf
+    top = jnp.max(scores, -1, keepdims=True)  # without the sink: a sink of +-inf must not become inf - inf
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     p = jnp.exp(scores - top)
     total = p.sum(-1, keepdims=True) + jnp.exp(sink - top)
-    p = (p / jnp.where(total == 0, 1.0, total)).astype(q.dtype)
+    p = numerics.round_to(p, q.dtype)
     out = jnp.einsum(
         "bths,bsk->bthk", p[..., : keys.shape[1]], keys, precision="highest", preferred_element_type=jnp.float32
     )
     if picked is not None:
         own = p[..., keys.shape[1] :]
         out += jnp.einsum("bthx,btxk->bthk", own, picked, precision="highest", preferred_element_type=jnp.float32)
-    return out.astype(q.dtype)
+    return numerics.round_to(out / jnp.where(total == 0, 1.0, total), q.dtype)
 
 
 # --- mixture of experts -----------------------------------------------------------------------------------------
@@ -362,7 +364,7 @@ def route(scores: jax.Array, bias: jax.Array | None, fixed: jax.Array | None, co
 
 def swiglu(gate: jax.Array, up: jax.Array, weight: jax.Array | None, limit: float, dtype) -> jax.Array:
     """silu(min(gate, limit)) * clamp(up, +-limit) * weight; inputs rounded to dtype, computed in fp32, rounded."""
-    gate = jnp.minimum(gate.astype(dtype).astype(jnp.float32), limit)
-    up = jnp.clip(up.astype(dtype).astype(jnp.float32), -limit, limit)
+    gate = jnp.minimum(numerics.round_to(gate, dtype).astype(jnp.float32), limit)
+    up = jnp.clip(numerics.round_to(up, dtype).astype(jnp.float32), -limit, limit)
     h = jax.nn.silu(gate) * up
-    return (h if weight is None else h * weight).astype(dtype)
+    return numerics.round_to(h if weight is None else h * weight, dtype)

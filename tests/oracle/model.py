@@ -181,8 +181,10 @@ class Oracle:
         highest = scores.amax(-1, keepdim=True)
         weight = (scores - highest).exp()
         sink = (self.w(f"{name}.attn_sink")[:, None, None] - highest).exp()
-        probabilities = (weight / (weight.sum(-1, keepdim=True) + sink)).to(self.dtype)
-        out = torch.einsum("hts,sk->thk", probabilities.float(), keys.float()).to(self.dtype)
+        # The denominator sums the unrounded weights. In float64, so that no rounding depends on the number of keys.
+        total = weight.double().sum(-1, keepdim=True) + sink
+        out = torch.einsum("hts,sk->htk", weight.to(self.dtype).double(), keys.double()) / total
+        out = out.transpose(0, 1).to(self.dtype)
         out = rotate(out, positions, freqs, inverse=True)
 
         grouped = out.float().flatten(1).unflatten(1, (c["o_groups"], -1))

@@ -1,0 +1,165 @@
+"""The command `dsv4`: generate, chat, verify, bench. Arguments and printing only; the work is in the modules named so.
+
+Bad input ends in one sentence on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+MODEL_HELP = "directory of a checkpoint, or 'tiny' for the embedded model (default: %(default)s)"
+
+
+def _use_compile_cache() -> None:
+    """Compiled programs are kept between runs, unless the user already chose where (or an empty string: nowhere)."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(base / "dsv4_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def parse_mesh(text: str | None):
+    """'tensor=8' or 'data=2,tensor=4' -> a mesh; None stays None."""
+    if text is None:
+        return None
+    from dsv4_jax.sharding import make_mesh
+
+    sizes = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in ("data", "tensor") or not size.isdigit() or name in sizes:
+            raise ValueError(f"mesh {text!r} is not understood; write for example tensor=8 or data=2,tensor=4.")
+        sizes[name] = int(size)
+    return make_mesh(**sizes)
+
+
+def _sampler(args):
+    from dsv4_jax.sampling import Greedy, Sample
+
+    if args.temperature == 0:
+        return Greedy(repetition_penalty=args.repetition_penalty)
+    return Sample(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="tiny", help=MODEL_HELP)
+    parser.add_argument("--recipe", default="bf16", help="precision: bf16, official or nvfp4 (default: %(default)s)")
+    parser.add_argument("--mesh", help="devices to split the model over, e.g. tensor=8 or data=2,tensor=4")
+
+
+def _add_sampling(parser: argparse.ArgumentParser, temperature: float) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (default: %(default)s)")
+    group.add_argument("--top-k", type=int, default=0, help="keep the k most likely tokens; 0 keeps all")
+    group.add_argument("--top-p", type=float, default=1.0, help="keep the most likely tokens up to this probability")
+    group.add_argument("--min-p", type=float, default=0.0, help="drop tokens below this fraction of the best one")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages tokens already seen")
+    group.add_argument("--seed", type=int, default=0, help="of the random draws; a token depends on seed and position only")
+    group.add_argument("--draft", type=int, default=0, metavar="K", help="speculative decoding: the MTP block drafts K tokens (1-3)")
+    group.add_argument("--max-new-tokens", type=int, default=128, help="most tokens to write (default: %(default)s)")
+
+
+def _generate(args) -> int:
+    import dsv4_jax
+    from dsv4_jax.generate import generate
+
+    prompts = args.prompt or [sys.stdin.read()]
+    model = dsv4_jax.load(args.model, recipe=args.recipe, mesh=parse_mesh(args.mesh))
+    loaded = time.perf_counter()
+    chunks = generate(
+        model, prompts, args.max_new_tokens, _sampler(args), draft_tokens=args.draft, chunk=args.chunk
+    )  # fmt: skip
+    texts, count, steps, first = list(prompts), 0, 0, None
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+    for chunk in chunks:
+        count, steps = count + sum(map(len, chunk.tokens)), steps + chunk.steps
+        if len(prompts) == 1:
+            print(chunk.text[0], end="", flush=True)
+        texts = [a + b for a, b in zip(texts, chunk.text)]
+        first = first or time.perf_counter()
+    if len(prompts) == 1:
+        print()
+    else:
+        for i, text in enumerate(texts):
+            print(f"--- {i}\n{text}")
+    took = time.perf_counter() - first
+    print(
+        f"[{count} tokens, {count / max(steps, 1):.2f} per step; first text {first - loaded:.1f} s after loading, "
+        f"then {took:.1f} s, compiling included]",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _chat(args) -> int:
+    import dsv4_jax
+    from dsv4_jax.chat import chat
+
+    model = dsv4_jax.load(args.model, recipe=args.recipe, mesh=parse_mesh(args.mesh))
+    return chat(model, _sampler(args), args.max_new_tokens, thinking=args.thinking, system=args.system, drafts=args.draft)
+
+
+def _verify(args) -> int:
+    from dsv4_jax import verify
+
+    return verify.run(args)
+
+
+def _bench(args) -> int:
+    from dsv4_jax import bench
+
+    return bench.run(args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `dsv4`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="dsv4", description="DeepSeek-V4 inference in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    sub = commands.add_parser(
+        "generate", help="continue prompts", description="Continue prompts as plain text (the embedded model writes Python).",
+        epilog="example: dsv4 generate 'def read_lines(path):' --draft 1",
+    )  # fmt: skip
+    sub.add_argument("prompt", nargs="*", help="one or more prompts; none: standard input")
+    _add_model(sub)
+    _add_sampling(sub, temperature=0.0)
+    sub.add_argument("--chunk", type=int, default=16, help="tokens between hand-overs from the device (default: %(default)s)")
+    sub.set_defaults(run=_generate)
+
+    sub = commands.add_parser("chat", help="talk in the terminal", description="A conversation in the chat format of the model.")
+    _add_model(sub)
+    _add_sampling(sub, temperature=0.7)
+    sub.add_argument("--thinking", action="store_true", help="let the model reason first, inside <think>...</think>")
+    sub.add_argument("--system", help="system message")
+    sub.set_defaults(run=_chat)
+
+    from dsv4_jax import bench, verify
+
+    sub = commands.add_parser("verify", help="measure a recipe against a reference", description=verify.__doc__)
+    verify.add_arguments(sub)
+    sub.set_defaults(run=_verify)
+    sub = commands.add_parser("bench", help="measure speed and sizes", description=bench.__doc__)
+    bench.add_arguments(sub)
+    sub.set_defaults(run=_bench)
+
+    args = parser.parse_args(argv)
+    try:
+        _use_compile_cache()
+        return args.run(args)
+    except (ValueError, NotImplementedError) as error:
+        print(f"dsv4 {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

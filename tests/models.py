@@ -1,0 +1,43 @@
+"""Small random models shared by tests; made once per process."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+import dsv4_jax as dsv4
+from dsv4_jax import params
+from dsv4_jax.model import Model
+from dsv4_jax.precision import RECIPES
+
+# Every layer kind, hash and learned routing, MTP; a top-k that cuts from position 63 on; the smallest sizes that all
+# formats allow.
+SMALL = dataclasses.replace(
+    dsv4.TINY, vocab_size=256, hidden_size=128, q_lora_rank=64, head_dim=128, num_attention_heads=8, o_lora_rank=32,
+    index_n_heads=16, index_topk=16, moe_intermediate_size=128, n_routed_experts=8, max_position_embeddings=4096,
+)  # fmt: skip
+
+
+def lively(weights, config, seed=1):
+    """Random weights in which nothing is trivial: sinks, biases, norms, ape and hyper-connections all differ."""
+    rng = np.random.default_rng(seed)
+
+    def one(name, param, leaf):
+        if param.init in ("ones", "zeros"):
+            base = 1.0 if param.init == "ones" else 0.0
+            return jax.numpy.asarray(base + 0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+        return leaf
+
+    return params.map_params(one, config, weights)
+
+
+@functools.cache
+def small_model(recipe: str, config=SMALL, seed: int = 0) -> Model:
+    fp32 = dsv4.random_model(config, RECIPES["fp32"], seed)
+    weights = lively(jax.tree.map(lambda x: x * 3 if x.ndim > 1 and x.dtype != np.int32 else x, fp32.weights), config)
+    return Model(params.to_recipe(weights, config, RECIPES[recipe]), config, RECIPES[recipe])
+
+
+def tokens(count: int, batch: int = 1, seed: int = 0, vocab: int = 256) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocab, (batch, count)).astype(np.int32)
