@@ -20,6 +20,9 @@ from dsv4_jax.config import CSA, HCA, ModelConfig
 from dsv4_jax.precision import Recipe
 from ffi_kernels.tensor import KV_BLOCK, MXFP4_BLOCK
 
+# Up to this many tokens per sequence (the current one and its drafts) a call is a decode step: each token reads
+# entries and experts of its own, in an order that does not depend on how many tokens share the call.
+DECODE_TOKENS = 4
 
 def _pytree(meta: tuple[str, ...] = ()):
     def register(cls):
@@ -102,6 +105,11 @@ class Chunk:
         positions = start[:, None] + jnp.arange(tokens, dtype=jnp.int32)
         valid = (jnp.arange(tokens) < length[:, None]) & (positions >= 0)
         return cls(start, length, positions, valid)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the call is a decode step (static)."""
+        return self.positions.shape[1] <= DECODE_TOKENS
 
     @property
     def end(self) -> jax.Array:

@@ -39,6 +39,17 @@ def parse_mesh(text: str | None):
     return make_mesh(**sizes)
 
 
+def _load(args):
+    import jax
+
+    import dsv4_jax
+
+    mesh = parse_mesh(args.mesh)
+    # On a CPU, unpacking FP4 in every step costs more than the memory it saves.
+    recipe = args.recipe or ("bf16" if jax.default_backend() == "cpu" else "official")
+    return dsv4_jax.load(args.model, recipe=recipe, mesh=mesh)
+
+
 def _sampler(args):
     from dsv4_jax.sampling import Greedy, Sample
 
@@ -49,7 +60,7 @@ def _sampler(args):
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help=MODEL_HELP)
-    parser.add_argument("--recipe", default="bf16", help="precision: bf16, official or nvfp4 (default: %(default)s)")
+    parser.add_argument("--recipe", help="precision: bf16, official or nvfp4 (default: official on a GPU, bf16 on a CPU)")
     parser.add_argument("--mesh", help="devices to split the model over, e.g. tensor=8 or data=2,tensor=4")
 
 
@@ -66,11 +77,10 @@ def _add_sampling(parser: argparse.ArgumentParser, temperature: float) -> None:
 
 
 def _generate(args) -> int:
-    import dsv4_jax
     from dsv4_jax.generate import generate
 
     prompts = args.prompt or [sys.stdin.read()]
-    model = dsv4_jax.load(args.model, recipe=args.recipe, mesh=parse_mesh(args.mesh))
+    model = _load(args)
     loaded = time.perf_counter()
     chunks = generate(
         model, prompts, args.max_new_tokens, _sampler(args), draft_tokens=args.draft, chunk=args.chunk
@@ -99,11 +109,9 @@ def _generate(args) -> int:
 
 
 def _chat(args) -> int:
-    import dsv4_jax
     from dsv4_jax.chat import chat
 
-    model = dsv4_jax.load(args.model, recipe=args.recipe, mesh=parse_mesh(args.mesh))
-    return chat(model, _sampler(args), args.max_new_tokens, thinking=args.thinking, system=args.system, drafts=args.draft)
+    return chat(_load(args), _sampler(args), args.max_new_tokens, thinking=args.thinking, system=args.system, drafts=args.draft)
 
 
 def _verify(args) -> int:

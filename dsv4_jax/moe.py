@@ -6,16 +6,15 @@ import jax
 import jax.numpy as jnp
 
 import ffi_kernels as ops
+from dsv4_jax.cache import DECODE_TOKENS
 from dsv4_jax.layers import quantize_input
 from dsv4_jax.sharding import TENSOR, Context
 
-# Few tokens gather the matrices they picked; many tokens pass through every expert in turn, which reads each matrix
-# once. The border is where gathering would read this many times all matrices.
-_GATHER_FACTOR = 2
-
-
 def moe(ctx: Context, w: dict, x: jax.Array, tokens: jax.Array) -> jax.Array:
-    """x [B, T, D], tokens int32 [B, T] (hash routing) -> [B, T, D]."""
+    """x [B, T, D], tokens int32 [B, T] (hash routing) -> [B, T, D].
+
+    A decode step gathers the matrices that each token picked; a prompt chunk passes every expert in turn.
+    """
     c = ctx.config
     flat = x.reshape(-1, x.shape[-1])
     gate = w["gate"]
@@ -34,8 +33,7 @@ def moe(ctx: Context, w: dict, x: jax.Array, tokens: jax.Array) -> jax.Array:
         ids, weights = jnp.where(mine, ids, 0), jnp.where(mine, weights, 0.0)
 
     split = ctx.expert_sharding == "width"
-    few = ids.size <= _GATHER_FACTOR * local
-    routed = (_gathered if few else _every_expert)(ctx, experts, flat, ids, weights, split)
+    routed = (_gathered if x.shape[1] <= DECODE_TOKENS else _every_expert)(ctx, experts, flat, ids, weights, split)
     shared = _expert(ctx, w["shared_experts"], flat, None, split=True)
     y = ops.round_to(ctx.psum(routed + shared), ctx.recipe.activation_dtype)
     return y.reshape(x.shape)

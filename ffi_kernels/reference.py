@@ -171,7 +171,30 @@ def kv_values(cache, rope_dim: int) -> jax.Array:
 # --- linear -----------------------------------------------------------------------------------------------------
 
 
+_GROUP, _FEW = 8, 64  # rows per product while there are at most so many
+
+
+def _in_groups(product, x: jax.Array) -> jax.Array:
+    """product(rows [8, ...]) -> [8, ...] over x [R, ...] in groups of 8 rows, zero padded; all rows at once when many.
+
+    Libraries choose an order of summation by shape: a lone row gets another one than two, and 16 rows another than 24.
+    In groups of one shape, a token's bits do not depend on how many tokens share a decode step.
+    """
+    rows = x.shape[0]
+    if rows > _FEW:
+        return product(x)
+    x = jnp.pad(x, [(0, -rows % _GROUP)] + [(0, 0)] * (x.ndim - 1))
+    groups = x.reshape(-1, _GROUP, *x.shape[1:])
+    out = product(groups[0])[None] if groups.shape[0] == 1 else jax.lax.map(product, groups)
+    return out.reshape(-1, *out.shape[2:])[:rows]
+
+
 def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., K], w [N, K] -> fp32 [..., N]."""
+    return _in_groups(lambda rows: _dot_rows(rows, w), x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def _dot_rows(x: jax.Array, w: jax.Array) -> jax.Array:
     dimensions = (((x.ndim - 1,), (w.ndim - 1,)), ((), ()))
     return jax.lax.dot_general(x, w, dimensions, jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
@@ -199,7 +222,10 @@ def linear(x, w) -> jax.Array:
 def grouped_linear(x, w) -> jax.Array:
     """x [..., G, K], w [G, N, K] -> fp32 [..., G, N]: every group has its own matrix (wo_a)."""
     a, b = _operands(x, w)
-    out = jnp.einsum("...gk,gnk->...gn", a, b, precision="highest", preferred_element_type=jnp.float32)
+    def product(rows):
+        return jnp.einsum("tgk,gnk->tgn", rows, b, precision="highest", preferred_element_type=jnp.float32)
+
+    out = _in_groups(product, a.reshape(-1, *a.shape[-2:])).reshape(*a.shape[:-1], -1)
     if isinstance(x, NVFP4Tensor):
         out = out * x.global_scale
     return out * w.global_scale[:, None] if isinstance(w, NVFP4Tensor) else out

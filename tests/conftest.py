@@ -1,6 +1,24 @@
-"""The whole suite sees eight CPU devices, and torch keeps to one thread (the machine is shared by parallel tests)."""
+"""The whole suite sees eight CPU devices; GPU tests run where there is one; torch keeps to one thread."""
 
 import os
 
+import pytest
+
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch, whose threads otherwise fight with XLA's
+
+
+def pytest_addoption(parser):
+    parser.addoption("--require-gpu", action="store_true", help="fail, rather than skip, what needs a GPU that is missing")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") is None:
+        return
+    import jax
+
+    try:
+        jax.devices("gpu")
+    except RuntimeError as error:
+        sentence = f"needs an NVIDIA GPU and jax with CUDA: {str(error).splitlines()[0]}"
+        (pytest.fail if item.config.getoption("--require-gpu") else pytest.skip)(sentence)

@@ -17,6 +17,10 @@ SMALL = dataclasses.replace(
     dsv4.TINY, vocab_size=256, hidden_size=128, q_lora_rank=64, head_dim=128, num_attention_heads=8, o_lora_rank=32,
     index_n_heads=16, index_topk=16, moe_intermediate_size=128, n_routed_experts=8, max_position_embeddings=4096,
 )  # fmt: skip
+# Two layers, CSA and HCA, for what is slow to compile; its widths also split into whole FP8 blocks on two devices.
+PAIR = dataclasses.replace(
+    SMALL, num_hidden_layers=2, compress_ratios=(4, 128, 0), num_hash_layers=0, moe_intermediate_size=256, o_lora_rank=128
+)  # fmt: skip
 
 
 def lively(weights, config, seed=1):

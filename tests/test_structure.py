@@ -124,14 +124,14 @@ def test_source_files_say_what_lives_here():
 
 
 def test_no_binaries():
-    binary = [str(path) for path in tracked() if b"\0" in (ROOT / path).read_bytes()[: 1 << 16]]
+    embedded = Path("checkpoints/tiny")  # the embedded model is the one thing that is meant to be binary
+    files = [path for path in tracked() if embedded not in path.parents]
+    binary = [str(path) for path in files if b"\0" in (ROOT / path).read_bytes()[: 1 << 16]]
     assert not binary, "built or downloaded files do not belong into git"
 
 
 def test_readme_paths_exist():
     readme = ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("README.md does not exist yet")
     quoted = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", readme.read_text(encoding="utf-8"), flags=re.S))
     roots = {path.parts[0] for path in tracked()}
     looks_like_path = re.compile(r"[\w.-]+(/[\w.-]+)*/?")

@@ -1,11 +1,12 @@
 """Generation: the loop on the device, samplers, speculative decoding, stops, bad input."""
 
-import numpy as np
-import pytest
-from scipy import stats
+import importlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
 
 import dsv4_jax as dsv4
 from dsv4_jax.generate import generate
@@ -48,8 +49,7 @@ def test_speculation_does_not_change_greedy_tokens(drafts):
 
 def test_a_perfect_draft_is_accepted(monkeypatch):
     """With the trunk's own continuation as drafts, each step emits k + 1 tokens, and they are the plain tokens."""
-    from dsv4_jax import generate as module
-
+    module = importlib.import_module("dsv4_jax.generate")  # the name dsv4_jax.generate is the function
     model = small_model("fp32")
     want = collect(model, PROMPTS[:1], 90, stop_ids=())[0][0]
     known = jnp.asarray(PROMPTS[0] + want + [0] * 8)
@@ -88,7 +88,7 @@ def test_filters():
     np.testing.assert_allclose(probabilities(logits, top_p=0.7), [2 / 3, 1 / 3, 0, 0, 0], rtol=1e-5)
     np.testing.assert_allclose(probabilities(logits, top_p=0.4), [1, 0, 0, 0, 0], rtol=1e-5)
     np.testing.assert_allclose(probabilities(logits, min_p=0.29), [5 / 9, 2.5 / 9, 1.5 / 9, 0, 0], rtol=1e-5)
-    np.testing.assert_allclose(probabilities(logits, temperature=0.5)[1] / 0.0625, 1 / 0.3433, rtol=1e-3)
+    np.testing.assert_allclose(probabilities(logits, temperature=0.5)[1] / 0.0625, 1 / 0.3408, rtol=1e-3)
     penalized = probabilities(logits, repetition_penalty=2.0)  # log 0.5 is negative: doubled
     np.testing.assert_allclose(penalized, np.array([0.25, 0.25, 0.15, 0.07, 0.03]) / 0.75, rtol=1e-5)
     np.testing.assert_allclose(probabilities(logits, top_k=3, top_p=0.8), [0.5 / 0.75, 0.25 / 0.75, 0, 0, 0], rtol=1e-5)
@@ -120,15 +120,15 @@ def test_rejection_sampling_keeps_the_distribution(k):
 
 
 def test_speculative_sampling_end_to_end_follows_the_model():
-    """The second sampled token of 4,096 sequences, plain and speculative, comes from one distribution."""
+    """The third sampled token of 2,048 sequences, plain and speculative, comes from one distribution."""
     model, prompt = small_model("fp32"), tokens(6, seed=1)[0].tolist()
     counts = []
     for drafts, seed in ((0, 0), (1, 100_000)):
         hist = np.zeros(SMALL.vocab_size)
-        for block in range(4):
+        for block in range(2):
             sampler = Sample(temperature=0.7, top_k=4, seed=seed + 1024 * block)
-            out, _ = collect(model, [prompt] * 1024, 3, sampler=sampler, draft_tokens=drafts, stop_ids=())
-            hist += np.bincount([row[0] * 0 + row[2] for row in out], minlength=SMALL.vocab_size)
+            out, _ = collect(model, [prompt] * 1024, 3, sampler=sampler, draft_tokens=drafts, stop_ids=(), max_len=16)
+            hist += np.bincount([row[2] for row in out], minlength=SMALL.vocab_size)
         counts.append(hist)
     used = (counts[0] + counts[1]) >= 10
     table = np.array([counts[0][used], counts[1][used]])
@@ -173,3 +173,20 @@ def test_bad_input_is_a_sentence():
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             generate(model, **options)
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "official"])
+def test_speculation_on_the_embedded_model_is_exact_and_pays(recipe):
+    """In bf16 a sum taken in another order would flip a near tie sooner or later; 4 x 150 tokens, three draft lengths."""
+    model = dsv4.load("tiny", recipe=recipe)
+    prompts = ["import os\n\n\ndef walk(", "class Stack:\n    def __init__(self", '"""Parse a date.\n', "for key, value in "]
+
+    def text(drafts):
+        parts = list(generate(model, prompts, 150, stop_ids=(), draft_tokens=drafts))
+        return ["".join(t) for t in zip(*(p.text for p in parts))], sum(p.steps for p in parts)
+
+    plain, steps = text(0)
+    for drafts in (1, 3):
+        got, fewer = text(drafts)
+        assert got == plain
+        assert steps / fewer > 1.4, (drafts, steps, fewer)

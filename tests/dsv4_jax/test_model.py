@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dsv4_jax as dsv4
-from models import SMALL, small_model, tokens
+from models import PAIR, SMALL, small_model, tokens
 
 FP32_ROUNDING = 2e-5  # sums of a few hundred fp32 products in another order, through four layers; logits are O(1)
 
@@ -57,9 +57,9 @@ def test_prefill_equals_decode_steps_at_borders(length):
 @pytest.mark.parametrize("recipe", ["bf16", "official", "nvfp4"])
 def test_quantized_recipes_run_all_functions(recipe):
     """bf16 rounding flips routes and selections, so the paths agree in distribution, not in each number."""
-    model, row = small_model(recipe), tokens(200, seed=2)[0]
+    model, row = small_model(recipe, PAIR), tokens(200, seed=2)[0]
     whole = np.asarray(dsv4.forward(model, row[None])[0])
-    logits, state = run_chunks(model, row, [64, 64, 72])
+    logits, state = run_chunks(model, row, [64, 64, 72], max_len=256)
     want = whole[[63, 127, 199]]
     assert np.isfinite(whole).all() and np.isfinite(logits).all()
     cosine = (logits * want).sum(-1) / np.linalg.norm(logits, axis=-1) / np.linalg.norm(want, axis=-1)
@@ -70,7 +70,7 @@ def test_quantized_recipes_run_all_functions(recipe):
 
 @pytest.mark.parametrize("recipe", ["fp32", "bf16", "official", "nvfp4"])
 def test_ragged_batch_is_each_alone_bit_for_bit(recipe):
-    model, rows, lengths = small_model(recipe), tokens(96, batch=4, seed=3), np.array([96, 1, 50, 7])
+    model, rows, lengths = small_model(recipe, PAIR), tokens(96, batch=4, seed=3), np.array([96, 1, 50, 7])
     together, state = dsv4.prefill(model, rows, lengths, dsv4.init_state(model, 4, 640))
     following = np.array([5, 6, 7, 8])
     after, state = dsv4.decode_step(model, following, state)
@@ -144,8 +144,8 @@ def test_pure_under_jit_grad_and_vmap():
     assert np.abs(grads["layers"][2]["attn"]["compressor"]["wgate"]).max() == 0  # no block of 128 closes in 20 tokens
     assert np.abs(grads["layers"][1]["attn"]["compressor"]["wgate"]).max() > 0
     direction = grads["embed"] / jnp.linalg.norm(grads["embed"])
-    nudged = [loss({**model.weights, "embed": model.weights["embed"] + s * 1e-2 * direction}) for s in (1, -1)]
-    np.testing.assert_allclose((nudged[0] - nudged[1]) / 2e-2, jnp.linalg.norm(grads["embed"]), rtol=0.02)
+    nudged = [loss({**model.weights, "embed": model.weights["embed"] + s * 1e-3 * direction}) for s in (1, -1)]
+    np.testing.assert_allclose((nudged[0] - nudged[1]) / 2e-3, jnp.linalg.norm(grads["embed"]), rtol=0.02)
 
     states = [dsv4.init_state(model, 1, 64) for _ in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)

@@ -14,10 +14,9 @@ from dsv4_jax.bench import hlo_op_counts, lower
 from dsv4_jax.generate import generate
 from dsv4_jax.model import Model, _decode_step
 from dsv4_jax.sharding import check_mesh, make_mesh
-from models import SMALL, small_model, tokens
+from models import PAIR, SMALL, small_model, tokens
 
-LAYERS = SMALL.num_hidden_layers
-WIDE = dataclasses.replace(SMALL, moe_intermediate_size=256, o_lora_rank=128)  # whole FP8 blocks on two devices
+LAYERS = PAIR.num_hidden_layers
 
 
 def split(model: Model, mesh, expert_sharding="width") -> Model:
@@ -55,7 +54,7 @@ def test_forward_on_a_mesh():
 @pytest.mark.parametrize("recipe, tensor", [("bf16", 8), ("official", 2), ("nvfp4", 4)])
 def test_logits_of_other_recipes(recipe, tensor):
     """Rounding to bf16 after another order of summation may flip a route, hence the median."""
-    model, rows = small_model(recipe, WIDE), tokens(60, batch=2, seed=1)
+    model, rows = small_model(recipe, PAIR), tokens(60, batch=2, seed=1)
     want = np.asarray(dsv4.forward(model, rows))
     got = np.asarray(dsv4.forward(split(model, make_mesh(2, tensor) if tensor < 8 else make_mesh(1, 8)), rows))
     cosine = (want * got).sum(-1) / np.linalg.norm(want, axis=-1) / np.linalg.norm(got, axis=-1)
@@ -66,7 +65,7 @@ def test_logits_of_other_recipes(recipe, tensor):
 def test_collectives_and_aliasing_of_a_step(recipe, tensor, maxima):
     """Per layer one all-reduce after wo_b and one after the experts; the embedding and the logits are gathered.
     NVFP4 needs the largest magnitude of two split rows per layer. Every cache is updated in place."""
-    model = split(small_model(recipe, WIDE), make_mesh(1, tensor))
+    model = split(small_model(recipe, PAIR), make_mesh(1, tensor))
     state = dsv4.init_state(model, 1, 256)
     text = _decode_step.lower(model, np.zeros(1, np.int32), state).compile().as_text()
     reductions = collections.Counter(

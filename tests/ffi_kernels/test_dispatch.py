@@ -30,6 +30,13 @@ def test_unknown_backend_is_refused():
     assert ops.current() == before, "a refused backend leaves nothing behind"
 
 
+@pytest.mark.parametrize("name", sorted({"sm_90a", "sm_100a", "sim"} - set(ops.backends())))
+def test_a_native_backend_that_was_not_built_is_refused(name):
+    with pytest.raises(ValueError, match=f"backend '{name}' is not part of this build, which has .*; choose one"):
+        with ops.backend(name):
+            pass
+
+
 def test_the_variable_chooses_and_the_context_wins(monkeypatch):
     monkeypatch.setitem(dispatch._OPS, "other", {"hadamard": lambda x: x + 1})
     monkeypatch.setenv("DSV4_BACKEND", "other")
@@ -54,7 +61,7 @@ def test_an_op_that_a_backend_lacks_names_both(monkeypatch):
 
 
 def test_every_public_op_has_a_meaning():
-    kinds = (ops.backend, ops.backends, ops.current)
+    kinds = (ops.backend, ops.backends, ops.current, ops.round_to)
     public = {n for n in ops.__all__ if callable(f := getattr(ops, n)) and not isinstance(f, type) and f not in kinds}
     assert public <= set(dispatch._OPS["xla"])
 

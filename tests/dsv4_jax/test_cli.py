@@ -1,0 +1,105 @@
+"""The command line on the embedded model: output, exit codes, sentences for bad input."""
+
+import json
+
+import numpy as np
+import pytest
+
+import dsv4_jax as dsv4
+from dsv4_jax import bench, cache
+from dsv4_jax.chat import answer, chat
+from dsv4_jax.cli import main, parse_mesh
+from dsv4_jax.sampling import Greedy
+
+TEXT = "def read_lines(path):\n"
+
+
+@pytest.fixture(autouse=True)
+def _no_compile_cache(monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+
+def run(capsys, *argv):
+    code = main(list(argv))
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_generate_continues_the_prompt(capsys):
+    code, out, err = run(capsys, "generate", TEXT, "--max-new-tokens", "24")
+    assert code == 0 and out.startswith(TEXT) and len(out) > len(TEXT) + 20
+    assert "[24 tokens, 1.00 per step" in err
+    again = run(capsys, "generate", TEXT, "--max-new-tokens", "24", "--draft", "1")
+    assert again[1] == out
+    code, out, _ = run(capsys, "generate", TEXT, "import ", "--max-new-tokens", "5", "--temperature", "0.8", "--top-p", "0.9")
+    assert code == 0 and "--- 0\n" + TEXT in out and "--- 1\nimport " in out
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["generate", ""], "prompt 0 is empty"),
+        (["generate", "x", "--recipe", "int3"], "recipe 'int3' is not known"),
+        (["generate", "x", "--model", "/nowhere"], "/nowhere"),
+        (["generate", "x", "--mesh", "tensor=3"], "tensor=3 does not divide"),
+        (["generate", "x", "--mesh", "tensor=64"], "needs 64 devices"),
+        (["generate", "x", "--mesh", "rows=2"], "write for example tensor=8"),
+        (["generate", "x", "--max-new-tokens", "9000"], "max_position_embeddings = 8192"),
+        (["generate", "x", "--top-p", "2", "--temperature", "1"], "top_p = 2.0 must be in"),
+        (["bench", "decode", "--batch", "0"], "must all be at least 1"),
+        (["bench", "lower", "--model", "flash", "--mesh", "tensor=3"], "tensor=3 does not divide"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(capsys, argv, sentence):
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and not out and sentence in err and "Traceback" not in err and err.count("\n") == 1
+
+
+def test_help_teaches(capsys):
+    for argv in (["--help"], ["generate", "--help"], ["chat", "--help"], ["verify", "--help"], ["bench", "decode", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 0 and len(capsys.readouterr().out) > 200
+
+
+def test_bench_decode_ends_in_json(capsys):
+    code, out, _ = run(capsys, "bench", "decode", "--tokens", "16", "--context", "20")
+    figures = json.loads(out.splitlines()[-1])
+    assert code == 0 and figures["tokens_per_s"] > 0 and figures["hlo_ops"] > 1000
+    assert figures["state_bytes_per_token_flash"] == cache.bytes_per_token(dsv4.FLASH, dsv4.RECIPES["bf16"])
+
+
+def test_state_bytes_per_token_are_those_of_the_facts():
+    official = dsv4.RECIPES["official"]
+    assert cache.bytes_per_token(dsv4.FLASH, official) == 3514.25
+    assert cache.bytes_per_token(dsv4.PRO, official) == 5031.4375
+
+
+def test_stablehlo_counts_follow_calls():
+    text = (
+        "module {\n  func.func public @main(%a: f32) {\n    call @f(%a)\n    call @f(%a)\n    %1 = stablehlo.add %a\n  }\n"
+        '  func.func private @f(%a: f32) {\n    %0 = "stablehlo.all_reduce"(%a)\n  }\n}'
+    )
+    assert bench.stablehlo_op_counts(text) == {"all_reduce": 2, "add": 1}
+
+
+def test_mesh_spelling():
+    assert parse_mesh(None) is None and dict(parse_mesh("data=2,tensor=4").shape) == {"data": 2, "tensor": 4}
+
+
+def test_chat_streams_and_keeps_the_conversation(capsys, monkeypatch):
+    model = dsv4.load("tiny", recipe="bf16")
+    pieces = list(answer(model, [{"role": "user", "content": "hi"}], Greedy(), 20, thinking=False))
+    assert "".join(pieces) and len(pieces) > 1
+    lines = iter(["hi", "/clear", "", "again", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _="": next(lines))
+    assert chat(model, Greedy(), 12, thinking=False, system="You write Python.") == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def test_notebook_api_in_the_readme_order():
+    model = dsv4.load("tiny", recipe="bf16")
+    ids = model.tokenizer.encode(TEXT, add_special_tokens=False).ids
+    logits, state = dsv4.prefill(model, np.array([ids]), np.array([len(ids)]), dsv4.init_state(model, batch=1, max_len=64))
+    logits, state = dsv4.decode_step(model, np.argmax(logits, -1), state)
+    assert logits.shape == (1, model.config.vocab_size) and int(state.position[0]) == len(ids) + 1
