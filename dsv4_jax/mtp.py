@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
+import ffi_kernels as ops
 from dsv4_jax.block import block
 from dsv4_jax.cache import Chunk, LayerCache
 from dsv4_jax.layers import embed, head, linear, norm
@@ -19,7 +21,8 @@ def mtp(ctx: Context, weights: dict, cache: LayerCache, hidden: jax.Array, next_
     w = weights["mtp"]
     e = linear(ctx, norm(ctx, embed(ctx, weights["embed"], next_tokens), w["enorm"]), w["e_proj"])
     h = linear(ctx, norm(ctx, hidden, w["hnorm"]), w["h_proj"])
-    return block(ctx, "mtp", w, cache, e[..., None, :] + h, next_tokens, chunk, 0)
+    x = ops.round_to(e[..., None, :].astype(jnp.float32) + h.astype(jnp.float32), ctx.recipe.activation_dtype)
+    return block(ctx, "mtp", w, cache, x, next_tokens, chunk, 0)
 
 
 def mtp_logits(ctx: Context, weights: dict, streams: jax.Array) -> jax.Array:

@@ -144,8 +144,8 @@ def test_pure_under_jit_grad_and_vmap():
     assert np.abs(grads["layers"][2]["attn"]["compressor"]["wgate"]).max() == 0  # no block of 128 closes in 20 tokens
     assert np.abs(grads["layers"][1]["attn"]["compressor"]["wgate"]).max() > 0
     direction = grads["embed"] / jnp.linalg.norm(grads["embed"])
-    nudged = [loss({**model.weights, "embed": model.weights["embed"] + s * 1e-3 * direction}) for s in (1, -1)]
-    np.testing.assert_allclose((nudged[0] - nudged[1]) / 2e-3, jnp.linalg.norm(grads["embed"]), rtol=0.02)
+    nudged = [loss({**model.weights, "embed": model.weights["embed"] + s * 1e-4 * direction}) for s in (1, -1)]
+    np.testing.assert_allclose((nudged[0] - nudged[1]) / 2e-4, jnp.linalg.norm(grads["embed"]), rtol=0.02)
 
     states = [dsv4.init_state(model, 1, 64) for _ in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
