@@ -277,7 +277,8 @@ def _generate(model, ids, as_text, max_new_tokens, sampler, k, stop_ids, max_len
     checked = make_sampler(sampler, count)
     if batch > count:
         checked = dataclasses.replace(checked, seeds=jnp.pad(checked.seeds, (0, batch - count)))
-    stops = jnp.asarray([model.config.eos_token_id] if stop_ids is None else list(stop_ids), jnp.int32).reshape(-1)
+    # -1 stands for "none": no token has that id, and XLA of jax 0.11 crashes on an empty array inside shard_map.
+    stops = jnp.asarray([model.config.eos_token_id] if stop_ids is None else list(stop_ids) or [-1], jnp.int32)
 
     logits, state = prefill_prompts(model, padded, init_state(model, batch, max_len, mtp=k > 0))
     seen = None
