@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ffi_kernels as ops
 from dsv4_jax.cache import Chunk, LayerCache, Pending, append, ring_positions
 from dsv4_jax.compressor import compress
-from dsv4_jax.config import CSA, HCA
+from dsv4_jax.config import HCA
 from dsv4_jax.indexer import select
 from dsv4_jax.layers import grouped_linear, linear, norm, rope_angles
 from dsv4_jax.sharding import Context

@@ -157,11 +157,6 @@ def _loop(ctx: Context, weights, carry: _Carry, sampler: Sampler, stop_ids, k: i
     return carry, out, count, i
 
 
-def _specs(model: Model, tree):
-    """Everything a loop carries is split by request."""
-    return jax.tree.map(lambda _: BATCH, tree)
-
-
 def _sampler_specs(sampler: Sampler):
     replicated = jax.tree.map(lambda _: jax.sharding.PartitionSpec(), sampler)
     return dataclasses.replace(replicated, seeds=BATCH)
@@ -174,7 +169,7 @@ def _begin_jit(model: Model, logits, carry, sampler, stop_ids, k):
     if model.mesh is None:
         return f(model.weights, logits, carry, sampler, stop_ids)
     replicated = jax.sharding.PartitionSpec()
-    ins = (params.specs(ctx), BATCH, _specs(model, carry), _sampler_specs(sampler), replicated)
+    ins = (params.specs(ctx), BATCH, state_specs(carry), _sampler_specs(sampler), replicated)
     return run_sharded(model.mesh, f, ins, BATCH)(model.weights, logits, carry, sampler, stop_ids)
 
 
@@ -185,8 +180,8 @@ def _loop_jit(model: Model, carry, sampler, stop_ids, k, steps):
     if model.mesh is None:
         return f(model.weights, carry, sampler, stop_ids)
     replicated = jax.sharding.PartitionSpec()
-    ins = (params.specs(ctx), _specs(model, carry), _sampler_specs(sampler), replicated)
-    outs = (_specs(model, carry), BATCH, BATCH, replicated)
+    ins = (params.specs(ctx), state_specs(carry), _sampler_specs(sampler), replicated)
+    outs = (state_specs(carry), BATCH, BATCH, replicated)
     return run_sharded(model.mesh, f, ins, outs)(model.weights, carry, sampler, stop_ids)
 
 

@@ -140,8 +140,8 @@ def local_decode_step(ctx: Context, weights: dict, tokens: jax.Array, state: Dec
 # --- public -----------------------------------------------------------------------------------------------------
 
 
-def state_specs(state: DecodeState) -> DecodeState:
-    """PartitionSpecs of a state: requests over `data`, everything else replicated."""
+def state_specs(state):
+    """PartitionSpecs of a state, or of anything else whose arrays lead with the batch: requests over `data`."""
     return jax.tree.map(lambda _: BATCH, state)
 
 

@@ -294,7 +294,7 @@ def plot(path: str | Path, report: Report, table: list[dict], title: str) -> Non
     labels = [*map(str, shown), *(s.name.replace("_", "\n") for s in ends)]
     left.set_xticks([*shown, *range(layers, layers + len(ends))], labels)
     left.tick_params(axis="x", rotation=90 if layers > 12 else 0)
-    left.legend()
+    left.legend(loc="lower left")
 
     measured = [r for r in report.recalls if r.positions]
     middle.bar([str(r.layer) for r in measured], [r.recall for r in measured], width=0.5, color="tab:green")

@@ -5,7 +5,6 @@ import re
 import subprocess
 from pathlib import Path
 
-import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("ffi_kernels", "dsv4_jax", "checkpoints")
