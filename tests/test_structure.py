@@ -5,7 +5,6 @@ import re
 import subprocess
 from pathlib import Path
 
-
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("ffi_kernels", "dsv4_jax", "checkpoints")
 ABOVE_THE_CORE = {"cli.py", "bench.py", "verify.py"}  # of dsv4_jax: they may use checkpoints
