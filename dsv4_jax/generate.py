@@ -16,7 +16,7 @@ import numpy as np
 
 from dsv4_jax import cache as caches
 from dsv4_jax import params
-from dsv4_jax.cache import Chunk, DecodeState
+from dsv4_jax.cache import DECODE_TOKENS, Chunk, DecodeState
 from dsv4_jax.model import (
     Model, accept, advance, advance_mtp, init_state, last_of, prefill, state_specs, trunk_logits,
 )  # fmt: skip
@@ -25,7 +25,7 @@ from dsv4_jax.sampling import Greedy, Sample, Sampler, draft, draw, make_sampler
 from dsv4_jax.sharding import BATCH, DATA, Context, run_sharded
 
 PREFILL_CHUNKS = (32, 256)  # tokens per prefill call; few sizes, so that few programs are compiled
-MAX_DRAFTS = 3
+MAX_DRAFTS = DECODE_TOKENS - 1
 
 
 @dataclasses.dataclass(frozen=True)
