@@ -1,16 +1,16 @@
 """transformers' DeepseekV4ForCausalLM, in memory, as our `Model`.
 
-The table below is the whole mapping. transformers has no MTP block, so neither has the result.
+The mapping is the table of `names.py`. transformers has no MTP block, so neither has the result.
 """
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
+from checkpoints import names
 from dsv4_jax import params, precision
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model import Model
@@ -20,61 +20,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def _first_half(experts: np.ndarray) -> np.ndarray:
-    return experts[:, : experts.shape[1] // 2]
+def _half(values: np.ndarray, transform: str) -> np.ndarray:
+    """The rows of a fused gate_up_proj that `transform` names; anything else unchanged."""
+    if transform not in (names.FIRST_HALF, names.SECOND_HALF):
+        return values
+    middle = values.shape[1] // 2
+    return values[:, :middle] if transform == names.FIRST_HALF else values[:, middle:]
 
 
-def _second_half(experts: np.ndarray) -> np.ndarray:
-    return experts[:, experts.shape[1] // 2 :]
-
-
-_COMPRESSOR = (
-    ("kv_proj.weight", "wkv"),
-    ("gate_proj.weight", "wgate"),
-    ("kv_norm.weight", "norm"),
-    ("position_bias", "ape"),
-)
-_HC = (("fn", "fn"), ("base", "base"), ("scale", "scale"))
-_LAYER = (
-    ("input_layernorm.weight", "attn_norm"),
-    ("post_attention_layernorm.weight", "ffn_norm"),
-    *((f"attn_hc.{theirs}", f"hc_attn.{ours}") for theirs, ours in _HC),
-    *((f"ffn_hc.{theirs}", f"hc_ffn.{ours}") for theirs, ours in _HC),
-    ("self_attn.q_a_proj.weight", "attn.wq_a"),
-    ("self_attn.q_a_norm.weight", "attn.q_norm"),
-    ("self_attn.q_b_proj.weight", "attn.wq_b"),
-    ("self_attn.kv_proj.weight", "attn.wkv"),
-    ("self_attn.kv_norm.weight", "attn.kv_norm"),
-    ("self_attn.o_a_proj.weight", "attn.wo_a"),  # [groups * o_lora_rank, K], split below into groups
-    ("self_attn.o_b_proj.weight", "attn.wo_b"),
-    ("self_attn.sinks", "attn.attn_sink"),
-    *((f"self_attn.compressor.{theirs}", f"attn.compressor.{ours}") for theirs, ours in _COMPRESSOR),
-    ("self_attn.compressor.indexer.q_b_proj.weight", "attn.indexer.wq_b"),
-    ("self_attn.compressor.indexer.scorer.weights_proj.weight", "attn.indexer.weights_proj"),
-    *((f"self_attn.compressor.indexer.{theirs}", f"attn.indexer.compressor.{ours}") for theirs, ours in _COMPRESSOR),
-    ("mlp.gate.weight", "ffn.gate.weight"),
-    ("mlp.gate.e_score_correction_bias", "ffn.gate.bias"),
-    ("mlp.gate.tid2eid", "ffn.gate.tid2eid"),
-    ("mlp.experts.gate_up_proj", "ffn.experts.w1", _first_half),
-    ("mlp.experts.gate_up_proj", "ffn.experts.w3", _second_half),
-    ("mlp.experts.down_proj", "ffn.experts.w2"),
-    ("mlp.shared_experts.gate_proj.weight", "ffn.shared_experts.w1"),
-    ("mlp.shared_experts.up_proj.weight", "ffn.shared_experts.w3"),
-    ("mlp.shared_experts.down_proj.weight", "ffn.shared_experts.w2"),
-)
-# (transformers' name, our name, transform or nothing); {} is a layer number.
-TABLE = (
-    ("model.embed_tokens.weight", "embed"),
-    ("lm_head.weight", "head"),
-    ("model.norm.weight", "norm"),
-    *((f"model.hc_head.hc_{theirs}", f"hc_head.{ours}") for theirs, ours in _HC),
-    *((f"model.layers.{{}}.{theirs}", f"layers.{{}}.{ours}", *transform) for theirs, ours, *transform in _LAYER),
-)
-
-
-def _listed(names) -> str:
-    names = sorted(names)
-    return ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
+def _listed(found) -> str:
+    found = sorted(found)
+    return ", ".join(found[:40]) + (f" and {len(found) - 40} more" if len(found) > 40 else "")
 
 
 def from_transformers(hf_model: PreTrainedModel, recipe: str | Recipe | None = None) -> Model:
@@ -91,21 +47,16 @@ def from_transformers(hf_model: PreTrainedModel, recipe: str | Recipe | None = N
         recipe = precision.FP32 if state["lm_head.weight"].dtype == torch.float32 else precision.BF16
     recipe = precision.get(recipe)
 
-    rows: dict[str, list] = {}
-    for theirs, *row in TABLE:
-        rows.setdefault(theirs, []).append(row)
     ours, unknown = {}, []
     for name, tensor in state.items():
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        number = layer.group(1) if layer else ""
-        pattern = name.replace(layer.group(), "model.layers.{}.", 1) if layer else name
-        if pattern not in rows:
+        what = names.meaning(name)
+        if what is None:
             unknown.append(name)
             continue
         values = tensor.detach().cpu()
         values = (values.float() if values.is_floating_point() else values.int()).numpy()
-        for path, *transform in rows[pattern]:
-            ours[path.format(number)] = transform[0](values) if transform else values
+        for path, transform in zip(what.paths, what.transforms):
+            ours[path] = _half(values, transform)
 
     problems = []
 

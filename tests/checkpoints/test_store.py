@@ -180,16 +180,6 @@ def test_loads_into_shards(stored, source, target, data, tensor, experts):
     assert (model.mesh, model.expert_sharding) == (mesh, experts)
 
 
-def test_sharded_models_save_and_chunks_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "CHUNK_BYTES", 2**14)
-    mesh = dsv4.make_mesh(1, 8)
-    sharded = jax.device_put(small_model("bf16").weights, params.shardings(Context(SMALL, RECIPES["bf16"], mesh)))
-    save(dataclasses.replace(small_model("bf16"), weights=sharded, mesh=mesh), tmp_path / "sharded")
-    model = load(tmp_path / "sharded")
-    assert_same_bits(model.weights, small_model("bf16").weights)
-    assert all(isinstance(leaf.sharding, SingleDeviceSharding) for leaf in jax.tree.leaves(model.weights))
-
-
 def test_bad_mesh_is_refused(stored):
     with pytest.raises(ValueError, match=r"tensor=3 does not divide num_attention_heads = 8; use one of tensor=\[1, 2\]"):
         load(stored("bf16"), mesh=dsv4.make_mesh(1, 3))
