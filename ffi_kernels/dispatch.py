@@ -1,8 +1,9 @@
 """The one place where a backend is chosen.
 
-Backends: `xla` (reference.py, anywhere). The native ones (`sm_90a`, `sm_100a`, `sim`) register here when they are
-built. A backend is resolved once per trace: forced by `backend(...)` or the variable DSV4_BACKEND, else the best one
-registered for the device. An op that a backend lacks is an error that names both: nothing falls back silently.
+Backends: `xla` (reference.py and the fused references: plain jnp, anywhere), `sm_90a` and `sm_100a` (native kernels on
+that device), `sim` (their PTX, interpreted on the CPU). A backend is resolved once per trace: forced by `backend(...)`
+or the variable DSV4_BACKEND, else the native one of the default device, else `xla`. An op that a backend lacks is an
+error that names both: nothing falls back silently; a GPU whose kernels were not built is told so once.
 """
 
 from __future__ import annotations
@@ -10,32 +11,60 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
+import warnings
 from typing import Callable
 
-from ffi_kernels import reference
+from ffi_kernels import (
+    fused_reference_attention, fused_reference_entries, fused_reference_linear, fused_reference_norm, fused_reference_router,
+    library, reference,
+)  # fmt: skip
 
+REFERENCES = (
+    reference, fused_reference_attention, fused_reference_entries, fused_reference_linear, fused_reference_norm,
+    fused_reference_router,
+)  # fmt: skip
 _OPS: dict[str, dict[str, Callable]] = {
-    "xla": {n: f for n, f in vars(reference).items() if getattr(f, "__module__", "") == reference.__name__}
+    "xla": {n: f for m in REFERENCES for n, f in vars(m).items() if getattr(f, "__module__", "") == m.__name__},
+    **{name: {} for name in library.NATIVE},
 }
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("dsv4_backend", default=None)
 
 
+def register(op: str, backend: str, function: Callable) -> None:
+    """Make `function` the implementation of `op` on a native backend."""
+    _OPS[backend][op] = function
+
+
 def backends() -> tuple[str, ...]:
-    """Names of the backends that this build has."""
-    return tuple(_OPS)
+    """Names of the backends that this build has (whether or not their device is here)."""
+    return tuple(name for name in _OPS if name == "xla" or library.why_not(name) is None)
+
+
+def _of_device() -> str:
+    name = library.of_device()
+    if name is None:
+        return "xla"
+    if (missing := library.why_not(name)) is not None:
+        warnings.warn(f"running on backend 'xla', which is slow on this GPU: {missing}", stacklevel=3)
+        return "xla"
+    return name
 
 
 def current() -> str:
-    """The backend that an op traced now would use."""
-    name = _forced.get() or os.environ.get("DSV4_BACKEND") or "xla"
+    """The backend that an op traced now would use. ValueError for an unknown one, NotImplementedError for one not built."""
+    name = _forced.get() or os.environ.get("DSV4_BACKEND")
+    if not name:
+        return _of_device()
     if name not in _OPS:
-        raise ValueError(f"backend {name!r} is not part of this build, which has {', '.join(_OPS)}; choose one of these.")
+        raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(_OPS)}.")
+    if name in library.NATIVE and (missing := library.why_not(name)) is not None:
+        raise NotImplementedError(missing)
     return name
 
 
 @contextlib.contextmanager
 def backend(name: str):
-    """Force every op traced inside to the backend `name`; ValueError if this build lacks it.
+    """Force every op traced inside to the backend `name`; ValueError or NotImplementedError if this build lacks it.
 
     A function that was jitted before keeps the backend of its first trace: enter the context first.
     """

@@ -1,0 +1,99 @@
+"""From an op to one kernel launch: `native` registers an op's launching function, `launch` makes the custom call.
+
+A kernel takes one POD struct: a pointer per input, a pointer per output (null for None), then 4-byte scalars. Everything
+but the buffers' contents is static, so the launch is written where the op is, and one handler serves all ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from ffi_kernels import library
+from ffi_kernels.dispatch import current, register
+
+MAX_PARAMS_BYTES = 32764  # of one launch, since CUDA 12.1 on sm_70 and later; a struct is padded to 8 bytes
+MAX_SHARED_BYTES = 232448  # dynamic shared memory of one CTA on sm_90 and sm_100
+
+
+def native(op: str) -> Callable:
+    """Decorator: the function implements `op` on every native backend, by calling `launch`."""
+
+    def add(function):
+        for backend in library.NATIVE:
+            register(op, backend, function)
+        return function
+
+    return add
+
+
+def _scalar(value) -> bytes:
+    if isinstance(value, (bool, int, np.integer)):
+        return np.int32(value).tobytes()
+    return np.float32(value).tobytes()
+
+
+def launch(
+    op: str,
+    module: str,
+    kernel: str,
+    *,
+    grid: Sequence[int],
+    block: int,
+    inputs: Sequence[jax.Array | None],
+    outputs: Sequence[jax.ShapeDtypeStruct | None],
+    scalars: Sequence[int | float] = (),
+    cluster: Sequence[int] = (1, 1, 1),
+    shared_bytes: int = 0,
+    aliases: dict[int, int] | None = None,
+) -> tuple[jax.Array | None, ...]:
+    """One launch of `kernel` of `module` (the stem of the .cu file) as the custom call dsv4.<op>.<backend>.
+
+    grid counts CTAs, cluster CTAs per cluster, shared_bytes the dynamic shared memory of a CTA. The params struct holds a pointer
+    per input and per output in order, then the scalars: int32 for a Python int, float32 for a float. aliases maps an
+    input to the output that updates it in place. Returns one array (or None) per output. ValueError if the launch is
+    larger than a device allows.
+    """
+    backend = current()
+    grid = [*grid, 1, 1][:3]
+    if min(grid) < 1 or grid[0] > 2**31 - 1 or max(grid[1:]) > 65535 or not 1 <= block <= 1024:
+        raise ValueError(f"{op} on {backend} wants a grid of {grid} CTAs of {block} threads, which no device launches; use smaller shapes.")
+    if shared_bytes > MAX_SHARED_BYTES:
+        raise ValueError(
+            f"{op} on {backend} wants {shared_bytes} bytes of shared memory for these shapes, a CTA has {MAX_SHARED_BYTES}; "
+            "use smaller shapes or backend('xla')."
+        )
+    packed = b"".join(_scalar(s) for s in scalars)
+    slots, arguments, shapes, argument_of, result_of = [], [], [], {}, {}
+    for i, x in enumerate(inputs):
+        if x is not None:
+            argument_of[i] = len(arguments)
+            arguments.append(x)
+        slots.append(argument_of.get(i, -1))
+    for i, shape in enumerate(outputs):
+        if shape is not None:
+            result_of[i] = len(shapes)
+            shapes.append(shape)
+        slots.append(len(arguments) + result_of[i] if shape is not None else -1)
+    if 8 * len(slots) + len(packed) > MAX_PARAMS_BYTES:
+        raise ValueError(f"{op} on {backend} has {len(slots)} pointers and {len(packed)} bytes of scalars, more than {MAX_PARAMS_BYTES} bytes.")
+    call = jax.ffi.ffi_call(
+        library.register(op, backend),
+        tuple(shapes),
+        input_output_aliases={argument_of[i]: result_of[o] for i, o in (aliases or {}).items()},
+    )
+    results = call(
+        *arguments,
+        arch=backend,
+        module=module,
+        kernel=kernel,
+        grid=np.asarray(grid, np.int64),
+        block=np.asarray([block, 1, 1], np.int64),
+        cluster=np.asarray([*cluster, 1, 1][:3], np.int64),
+        shared_bytes=np.int64(shared_bytes),
+        slots=np.asarray(slots, np.int64),
+        scalars=np.frombuffer(packed, np.uint8),
+    )
+    return tuple(results[result_of[i]] if i in result_of else None for i in range(len(outputs)))
