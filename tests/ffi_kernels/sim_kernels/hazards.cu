@@ -1,0 +1,150 @@
+// One kernel per construct, with the defect that p.n selects (0: none). Every defect must be found under every schedule.
+#include <cstdint>
+
+struct Ints { const int* a; int* d; int n; };
+__device__ uint32_t at(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+__device__ void init(uint64_t* bar, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at(bar)), "r"(count) : "memory"); }
+__device__ void wait(uint64_t* bar, int parity) {
+  asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra again; done: }" ::"r"(at(bar)), "r"(parity) : "memory");
+}
+__device__ void expect(uint64_t* bar, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at(bar)), "r"(bytes) : "memory"); }
+__device__ void arrive(uint64_t* bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at(bar)) : "memory"); }
+__device__ void load(void* to, const void* from, int bytes, uint64_t* bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(at(to)), "l"(from), "r"(bytes), "r"(at(bar)) : "memory");
+}
+__device__ uint32_t remote(const void* local, uint32_t rank) {
+  uint32_t out;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(out) : "r"(at(local)), "r"(rank));
+  return out;
+}
+__device__ void cluster_sync() { asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Reduction over warps. 1: no barrier before the read; 2: none before the reuse.
+extern "C" __global__ void reduce(const __grid_constant__ Ints p) {
+  __shared__ int s[8];
+  int total = 0;
+  for (int k = 0; k < 2; ++k) {
+    const int v = __reduce_add_sync(~0u, p.a[k * blockDim.x + threadIdx.x]);
+    if ((threadIdx.x & 31) == 0) s[threadIdx.x / 32] = v;
+    if (p.n != 1) __syncthreads();
+    for (int w = 0; w < int(blockDim.x) / 32; ++w) total += s[w];
+    if (p.n != 2) __syncthreads();
+  }
+  p.d[threadIdx.x] = total;
+}
+// Exchange within a warp. 1: no __syncwarp before the read; 2: none before the next write.
+extern "C" __global__ void exchange(const __grid_constant__ Ints p) {
+  __shared__ int s[64];
+  int* mine = s + (threadIdx.x & 32);
+  int v = p.a[threadIdx.x];
+  for (int k = 0; k < 3; ++k) {
+    mine[threadIdx.x & 31] = v;
+    if (p.n != 1) __syncwarp();
+    v = mine[(threadIdx.x + 1) & 31];
+    if (p.n != 2) __syncwarp();
+  }
+  p.d[threadIdx.x] = v;
+}
+// cp.async. 1: no wait; 2: waits for one group too few; 3: no barrier after the wait.
+extern "C" __global__ void copies(const __grid_constant__ Ints p) {
+  __shared__ __align__(16) int s[2][256];
+  for (int k = 0; k < 2; ++k) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(at(&s[k][4 * threadIdx.x])), "l"(p.a + 256 * k + 4 * threadIdx.x) : "memory");
+    asm volatile("cp.async.commit_group;");
+  }
+  if (p.n == 2) asm volatile("cp.async.wait_group 1;" ::: "memory");
+  else if (p.n != 1) asm volatile("cp.async.wait_group 0;" ::: "memory");
+  if (p.n != 3) __syncthreads();
+  for (int i = threadIdx.x; i < 512; i += 64) p.d[i] = s[1 - i / 256][i % 256 ^ 128];
+}
+// Bulk loads into two stages. 1: no init fence; 2: no barrier after init; 3: waits for no phase before the second use; 4: the
+// consumer does not wait; 5: consumer's arrival comes before its read; 6: expects too few bytes; 7: wrong parity.
+extern "C" __global__ void stages(const __grid_constant__ Ints p) {
+  __shared__ __align__(128) int s[2][64];
+  __shared__ uint64_t full[2], empty[2];
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < 2; ++k) { init(&full[k], 1); init(&empty[k], 1); }
+    if (p.n != 1) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  if (p.n != 2) __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < 6; ++k) {
+      if (k >= 2 && p.n != 3) wait(&empty[k % 2], p.n == 7 ? (k / 2) & 1 : (k / 2 - 1) & 1);
+      expect(&full[k % 2], p.n == 6 ? 128 : 256);
+      load(s[k % 2], p.a + 64 * k, 256, &full[k % 2]);
+    }
+  } else if (threadIdx.x >= 32) {
+    const int lane = threadIdx.x & 31;
+    for (int k = 0; k < 6; ++k) {
+      if (p.n != 4) wait(&full[k % 2], (k / 2) & 1);
+      if (p.n == 5 && lane == 0) arrive(&empty[k % 2]);
+      p.d[64 * k + lane] = s[k % 2][63 - lane];
+      p.d[64 * k + 32 + lane] = s[k % 2][31 - lane];
+      __syncwarp();
+      if (p.n != 5 && lane == 0) arrive(&empty[k % 2]);
+    }
+  }
+}
+// Bulk store. 1: no proxy fence; 2: no barrier before the store; 3: no wait before the reuse; 4: no wait before the end.
+extern "C" __global__ void stores(const __grid_constant__ Ints p) {
+  __shared__ __align__(128) int s[128];
+  for (int k = 0; k < 2; ++k) {
+    s[threadIdx.x] = p.a[128 * k + threadIdx.x] + 1;
+    if (p.n != 1) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    if (p.n != 2) __syncthreads();
+    if (threadIdx.x == 0) {
+      asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(p.d + 128 * k), "r"(at(s)), "r"(512) : "memory");
+      asm volatile("cp.async.bulk.commit_group;");
+      if ((p.n != 3 || k == 1) && (p.n != 4 || k == 0)) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    }
+    __syncthreads();
+  }
+}
+// Distributed shared memory. 1: no barrier at the start; 2: none between write and read; 3: none before the end.
+extern "C" __global__ void peers(const __grid_constant__ Ints p) {
+  __shared__ int s[32];
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  if (p.n != 1) cluster_sync();
+  asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(remote(&s[threadIdx.x], rank ^ 1)), "r"(p.a[blockIdx.x * 32 + threadIdx.x]) : "memory");
+  if (p.n != 2) cluster_sync();
+  int v;
+  asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(v) : "r"(remote(&s[31 - threadIdx.x], p.n >= 2 ? rank ^ 1 : rank)) : "memory");
+  p.d[blockIdx.x * 32 + threadIdx.x] = v;
+  if (p.n != 3) cluster_sync();
+}
+// A flag in shared memory. 1: no fence by the writer; 2: none by the reader.
+extern "C" __global__ void flag(const __grid_constant__ Ints p) {
+  __shared__ int value[32];
+  __shared__ int ready;
+  if (threadIdx.x == 0) ready = 0;
+  __syncthreads();
+  const int lane = threadIdx.x & 31;
+  if (threadIdx.x < 32) {
+    value[lane] = p.a[lane];
+    __syncwarp();
+    if (p.n != 1) __threadfence_block();
+    if (lane == 0) atomicExch(&ready, 1);
+  } else {
+    if (lane == 0) while (atomicAdd(&ready, 0) == 0) {}
+    __syncwarp();
+    if (p.n != 2) __threadfence_block();
+    p.d[lane] = value[31 - lane];
+  }
+}
+// Between CTAs, through global memory: each writes its row, the last one to arrive sums all. 1: no fence before the ticket;
+// 2: rows overlap by an element; 3: nobody waits for anybody.
+extern "C" __global__ void handover(const __grid_constant__ Ints p) {
+  __shared__ bool last;
+  int* rows = p.d + 2;
+  for (int i = threadIdx.x; i < 64 + (p.n == 2); i += 32) rows[64 * blockIdx.x + i] = p.a[64 * blockIdx.x + i] + int(blockIdx.x);
+  if (p.n != 1) __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = p.n == 3 ? blockIdx.x == gridDim.x - 1 : atomicAdd(p.d, 1) == int(gridDim.x) - 1;
+  __syncthreads();
+  if (!last) return;
+  int sum = 0;
+  for (int i = threadIdx.x; i < 64 * int(gridDim.x); i += 32) sum += rows[i];
+  sum = __reduce_add_sync(~0u, sum);
+  if (threadIdx.x == 0) p.d[1] = sum;
+}

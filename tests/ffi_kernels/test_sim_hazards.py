@@ -1,0 +1,84 @@
+"""Schedules and hazard checks of the PTX interpreter: correct kernels pass under all of them, each defect is found."""
+
+import numpy as np
+import pytest
+import sim_driver as sim
+
+pytestmark = pytest.mark.skipif(bool(sim.missing()) or sim.ON_DEVICE, reason=sim.missing() or "defects")
+SCHEDULES = ["schedule=eager", "schedule=lazy", *(f"schedule=random seed={seed}" for seed in range(1, 9))]
+A = np.arange(1024, dtype=np.int32) * 7 % 1013
+
+
+def shape(kernel):
+    return {"reduce": dict(block=128), "exchange": dict(block=64), "copies": dict(block=64), "stages": dict(block=64), "stores": dict(block=128),
+            "peers": dict(grid=4, cluster=2), "flag": dict(block=64), "handover": dict(grid=5)}[kernel]  # fmt: skip
+
+
+def wanted(kernel):
+    d = np.zeros(1024, np.int32)
+    if kernel == "reduce":
+        d[:128] = A[:256].sum()
+    elif kernel == "exchange":
+        d[:64] = np.roll(A[:64].reshape(2, 32), -3, 1).ravel()
+    elif kernel == "copies":
+        d[:512] = np.roll(A[:512].reshape(2, 2, 128)[::-1], 1, 1).ravel()
+    elif kernel == "stages":
+        d[:384] = A[:384].reshape(6, 64)[:, ::-1].ravel()
+    elif kernel == "stores":
+        d[:256] = A[:256] + 1
+    elif kernel == "peers":
+        d[:128] = A[:128].reshape(2, 2, 32)[:, ::-1, ::-1].ravel()
+    elif kernel == "flag":
+        d[:32] = A[31::-1]
+    else:
+        d[2:322] = (A[:320].reshape(5, 64) + np.arange(5)[:, None]).ravel()
+        d[:2] = 5, d[2:322].sum()
+    return d
+
+
+def launch(kernel, defect, arch="sm_90a"):
+    d = np.zeros(1024, np.int32)
+    sim.run(sim.ptx("hazards", arch), kernel, [A, d, defect], **shape(kernel))
+    return d
+
+
+@pytest.mark.parametrize("kernel", ["reduce", "exchange", "copies", "stages", "stores", "peers", "flag", "handover"])
+def test_correct_kernels_pass_under_every_schedule(kernel, monkeypatch):
+    for schedule in [*SCHEDULES, *(f"schedule=random seed={seed}" for seed in range(100, 150))]:
+        monkeypatch.setenv("DSV4_SIM", schedule)
+        np.testing.assert_array_equal(launch(kernel, 0), wanted(kernel), err_msg=schedule)
+
+
+DEFECTS = [
+    ("reduce", 1, "no synchronisation|no bar.warp.sync"), ("reduce", 2, "no synchronisation|no bar.warp.sync"), ("exchange", 1, "no bar.warp.sync"), ("exchange", 2, "no bar.warp.sync"),
+    ("copies", 1, "has not been waited for"), ("copies", 2, "has not been waited for"), ("copies", 3, "waited for|no synchronisation"), ("stages", 1, "fence.mbarrier_init"),
+    ("stages", 2, "mbarrier.init|no mbarrier was initialised"), ("stages", 3, "hazard|expects only"), ("stages", 4, "has not been waited for|no synchronisation"),
+    ("stages", 5, "no synchronisation"), ("stages", 6, "deadlock|hazard|expects|range"), ("stages", 7, "deadlock|hazard|expects"), ("stores", 1, "fence.proxy.async"),
+    ("stores", 2, "no synchronisation|fence.proxy.async|waited for"), ("stores", 3, "has not been waited for|no synchronisation"), ("stores", 4, "exits without waiting"),
+    ("peers", 1, "start of that CTA"), ("peers", 2, "no synchronisation|no bar.warp.sync"), ("peers", 3, "has exited|ends while"), ("flag", 1, "no synchronisation"), ("flag", 2, "no synchronisation"),
+    ("handover", 1, "global memory: reads"), ("handover", 2, "global memory: writes"), ("handover", 3, "global memory: reads"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel, defect, words", DEFECTS, ids=[f"{k}-{n}" for k, n, _ in DEFECTS])
+def test_each_defect_is_found_under_every_schedule(kernel, defect, words, monkeypatch):
+    for schedule in SCHEDULES:
+        monkeypatch.setenv("DSV4_SIM", schedule)
+        with pytest.raises(sim.SimError, match=words) as caught:
+            launch(kernel, defect)
+        assert f"Kernel {kernel}" in str(caught.value)
+
+
+def test_a_seed_repeats_a_run_exactly(monkeypatch):
+    monkeypatch.setenv("DSV4_SIM", "schedule=random seed=11")
+    sentences = set()
+    for _ in range(3):
+        with pytest.raises(sim.SimError) as caught:
+            launch("reduce", 1)
+        sentences.add(str(caught.value))
+    assert len(sentences) == 1
+
+
+def test_checks_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("DSV4_SIM", "checks=off")
+    np.testing.assert_array_equal(launch("exchange", 1), wanted("exchange"))
