@@ -1,4 +1,4 @@
-"""Compression, index scores, top-k and attention: contracts, checks, dispatch. Formulas: `reference.py`."""
+"""Compression and attention: contracts, checks, dispatch. Formulas: `reference.py`."""
 
 from __future__ import annotations
 
@@ -12,23 +12,6 @@ def compress_pool(kv: jax.Array, score: jax.Array) -> jax.Array:
     if kv.shape != score.shape:
         raise ValueError(f"compress_pool needs a score per value: kv {kv.shape}, score {score.shape}.")
     return implementation("compress_pool")(kv, score)
-
-
-def index_scores(q: jax.Array, keys, head_weights: jax.Array) -> jax.Array:
-    """q [B, T, H, K], keys [B, C, K] (plain or MXFP4Tensor), head_weights fp32 [B, T, H] -> fp32 [B, T, C]."""
-    if q.shape[-1] != keys.shape[-1] or head_weights.shape != q.shape[:3]:
-        raise ValueError(f"index_scores got q {q.shape}, keys {keys.shape}, head_weights {head_weights.shape}.")
-    return implementation("index_scores")(q, keys, head_weights)
-
-
-def top_entries(scores: jax.Array, visible: jax.Array, count: int) -> jax.Array:
-    """scores fp32 [B, T, C], visible int32 [B, T] -> int32 [B, T, min(count, C)], best first, -1 where fewer are visible.
-
-    Only the first `visible` entries compete; ties go to the lower index.
-    """
-    if visible.shape != scores.shape[:2]:
-        raise ValueError(f"top_entries got scores {scores.shape} but visible {visible.shape}.")
-    return implementation("top_entries")(scores, visible, count)
 
 
 def attention(q, keys, mask, sink, picked=None, picked_mask=None) -> jax.Array:

@@ -1,17 +1,35 @@
-"""RMSNorm, RoPE, Hadamard, hyper-connections: contracts, checks, dispatch. Formulas: `reference.py`."""
+"""RMSNorm, RoPE, Hadamard: contracts, checks, launches. Formulas: `reference.py`; kernels: `native/cuda/norm.cu`.
+
+Not here: hyper-connections (`hyper_connections.py`), per-head norm with rotation (`entries.py`).
+"""
 
 from __future__ import annotations
 
+import math
+
 import jax
+import jax.numpy as jnp
 
 from ffi_kernels.dispatch import implementation
+from ffi_kernels.launch import launch, native
+from ffi_kernels.quantize import (
+    CODE_FORMATS, VECTOR, check_quantize, code_shapes, collect_codes, row_threads, suffix_of,
+)  # fmt: skip
+
+_MAX_HADAMARD = 4096
 
 
 def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
     """float [..., D], weight [D] or None -> [..., D] in x.dtype; fp32 inside, one rounding."""
-    if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm needs one weight per channel: x {x.shape}, weight {weight.shape}.")
+    _check_weight("rms_norm", x, weight)
     return implementation("rms_norm")(x, weight, eps)
+
+
+def rms_norm_quantize(x: jax.Array, weight: jax.Array | None, eps: float, quantize: str):
+    """rms_norm and its result quantized: (y [..., D], FP8Activation for 'fp8' | NVFP4Tensor per row for 'nvfp4')."""
+    _check_weight("rms_norm_quantize", x, weight)
+    check_quantize("rms_norm_quantize", quantize, x.shape[-1])
+    return implementation("rms_norm_quantize")(x, weight, eps, quantize)
 
 
 def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -28,27 +46,72 @@ def hadamard(x: jax.Array) -> jax.Array:
     return implementation("hadamard")(x)
 
 
-def hc_pre(streams, fn, base, scale, *, iterations: int, eps: float, norm_eps: float):
-    """mHC before a sublayer: streams [..., M, D] -> (input [..., D], post fp32 [..., M], comb fp32 [..., M, M]).
+def _check_weight(op: str, x: jax.Array, weight: jax.Array | None) -> None:
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ValueError(f"{op} needs one weight per channel: x {x.shape}, weight {weight.shape}.")
 
-    fn fp32 [(2 + M) M, M D], base fp32 [(2 + M) M], scale fp32 [3]; `iterations` Sinkhorn iterations.
-    """
-    m, d = streams.shape[-2:]
-    if fn.shape != ((2 + m) * m, m * d) or base.shape != fn.shape[:1] or scale.shape != (3,):
+
+# --- native --------------------------------------------------------------------------------------------------------
+
+
+def _launch_rms_norm(op: str, x, weight, eps: float, quantize: str | None):
+    width = x.shape[-1]
+    if weight is not None:
+        suffix_of(op, weight)
+    y, *codes = launch(
+        op, "norm", f"rms_norm_{suffix_of(op, x)}", grid=(math.prod(x.shape[:-1]),), block=row_threads(op, width),
+        inputs=[x, weight], outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype), *code_shapes(x.shape, quantize)],
+        scalars=[width, int(weight is not None and weight.dtype == jnp.float32), CODE_FORMATS[quantize], float(eps)],
+    )  # fmt: skip
+    return y, collect_codes(codes, quantize)
+
+
+@native("rms_norm")
+def _native_rms_norm(x, weight, eps: float):
+    return _launch_rms_norm("rms_norm", x, weight, eps, None)[0]
+
+
+@native("rms_norm_quantize")
+def _native_rms_norm_quantize(x, weight, eps: float, quantize: str):
+    return _launch_rms_norm("rms_norm_quantize", x, weight, eps, quantize)
+
+
+def _angle_lines(cos: jax.Array, sin: jax.Array, leading: tuple[int, ...]):
+    """cos and sin as [count, R/2], and how often a line repeats: row r of x takes line (r // repeat) % count."""
+    axes = (1,) * (len(leading) - cos.ndim + 1) + cos.shape[:-1]
+    stop = next((i + 1 for i in reversed(range(len(axes))) if axes[i] != 1), 0)
+    start = next((i for i in range(stop) if axes[i] != 1), stop)
+    if axes[start:stop] != leading[start:stop]:  # an axis of 1 between others
+        cos, sin = (jnp.broadcast_to(t, (*leading, t.shape[-1])) for t in (cos, sin))
+        start, stop = 0, len(leading)
+    return cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]), math.prod(leading[stop:])
+
+
+@native("rope")
+def _native_rope(x, cos, sin):
+    width, rope_dim = x.shape[-1], 2 * cos.shape[-1]
+    if width % 2 or cos.dtype != jnp.float32 or sin.dtype != jnp.float32:
         raise ValueError(
-            f"hc_pre with {m} streams of {d} needs fn {((2 + m) * m, m * d)}, base [{(2 + m) * m}], scale [3]; "
-            f"got {fn.shape}, {base.shape}, {scale.shape}."
+            f"rope's kernel rotates pairs of an even number of channels by fp32 angles, got {width} channels and {cos.dtype} "
+            "angles; use backend('xla')."
         )
-    return implementation("hc_pre")(streams, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
+    cos, sin, repeat = _angle_lines(cos, sin, x.shape[:-1])
+    channels = VECTOR if width % VECTOR == 0 and rope_dim % VECTOR == 0 else 2
+    rows = math.prod(x.shape[:-1])
+    return launch(
+        "rope", "norm", f"rope_{suffix_of('rope', x)}_{channels}", grid=(-(-rows * width // channels // 128),), block=128,
+        inputs=[x, cos, sin], outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+        scalars=[rows, width, rope_dim, repeat, cos.shape[0]],
+    )[0]  # fmt: skip
 
 
-def hc_post(streams: jax.Array, f: jax.Array, post: jax.Array, comb: jax.Array) -> jax.Array:
-    """mHC after a sublayer: new X_k = post_k f + sum_j comb[j, k] X_j; [..., M, D] in streams.dtype."""
-    if f.shape != (*streams.shape[:-2], streams.shape[-1]):
-        raise ValueError(f"hc_post needs f of shape {(*streams.shape[:-2], streams.shape[-1])}, got {f.shape}.")
-    return implementation("hc_post")(streams, f, post, comb)
-
-
-def hc_head(streams, fn, base, scale, *, eps: float, norm_eps: float) -> jax.Array:
-    """The last collapse: streams [..., M, D] -> [..., D]; fn fp32 [M, M D], base fp32 [M], scale fp32 [1]."""
-    return implementation("hc_head")(streams, fn, base, scale, eps=eps, norm_eps=norm_eps)
+@native("hadamard")
+def _native_hadamard(x):
+    width = x.shape[-1]
+    if width > _MAX_HADAMARD:
+        raise ValueError(f"hadamard's kernel holds at most {_MAX_HADAMARD} channels, got {width}; use backend('xla').")
+    return launch(
+        "hadamard", "norm", f"hadamard_{suffix_of('hadamard', x)}", grid=(math.prod(x.shape[:-1]),),
+        block=min(512, max(32, width // 2)), shared_bytes=4 * width,
+        inputs=[x], outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype)], scalars=[width, width**-0.5],
+    )[0]  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 from ffi_kernels import numerics
 from ffi_kernels.tensor import (
     FP8_BLOCK, KV_BLOCK, MXFP4_BLOCK, NVFP4_BLOCK, FP8Activation, FP8KVCache, FP8Tensor, MXFP4Tensor, NVFP4Tensor,
+    Unquantized,
 )  # fmt: skip
 
 # --- quantize, dequantize (facts section 3) ---------------------------------------------------------------------
@@ -211,35 +212,35 @@ def _global_scales(x, w) -> list[jax.Array]:
     return scales + ([w.global_scale] if isinstance(w, NVFP4Tensor) else [])
 
 
-def linear(x, w) -> jax.Array:
-    """x [..., K] (plain, FP8Activation or NVFP4Tensor) times w [N, K] transposed -> fp32 [..., N]."""
+def as_taken(x, w):
+    """An `Unquantized` input in the format that weight w takes; any other as it is."""
+    if not isinstance(x, Unquantized):
+        return x
+    quantize = {NVFP4Tensor: quantize_nvfp4_rows, FP8Tensor: quantize_fp8, MXFP4Tensor: quantize_fp8}.get(type(w))
+    return x.data if quantize is None else quantize(x.data)
+
+
+def linear(x, w, dtype=jnp.float32) -> jax.Array:
+    """x [..., K] (plain, FP8Activation, NVFP4Tensor or Unquantized) times w [N, K] transposed -> [..., N]."""
+    x = as_taken(x, w)
     out = _dot(*_operands(x, w))
     for scale in _global_scales(x, w):
         out = out * scale
-    return out
+    return numerics.round_to(out, dtype)
 
 
-def grouped_linear(x, w) -> jax.Array:
-    """x [..., G, K], w [G, N, K] -> fp32 [..., G, N]: every group has its own matrix (wo_a)."""
+def grouped_linear(x, w, dtype=jnp.float32) -> jax.Array:
+    """x [..., G, K], w [G, N, K] -> [..., G, N]: every group has its own matrix (wo_a)."""
+    x = as_taken(x, w)
     a, b = _operands(x, w)
+
     def product(rows):
         return jnp.einsum("tgk,gnk->tgn", rows, b, precision="highest", preferred_element_type=jnp.float32)
 
     out = _in_groups(product, a.reshape(-1, *a.shape[-2:])).reshape(*a.shape[:-1], -1)
     if isinstance(x, NVFP4Tensor):
         out = out * x.global_scale
-    return out * w.global_scale[:, None] if isinstance(w, NVFP4Tensor) else out
-
-
-def gathered_linear(x, w, ids: jax.Array) -> jax.Array:
-    """x [T, 1 or X, K], w [E, N, K], ids int32 [T, X] -> fp32 [T, X, N]: slot (t, x) uses the matrix ids[t, x]."""
-    picked = jax.tree.map(lambda leaf: jnp.take(leaf, ids, axis=0, mode="clip"), w)
-    a, b = _operands(x, picked)
-    a = jnp.broadcast_to(a, (*ids.shape, a.shape[-1]))
-    out = jnp.einsum("txk,txnk->txn", a, b, precision="highest", preferred_element_type=jnp.float32)
-    if isinstance(x, NVFP4Tensor):
-        out = out * x.global_scale
-    return out * picked.global_scale[..., None] if isinstance(picked, NVFP4Tensor) else out
+    return numerics.round_to(out * w.global_scale[:, None] if isinstance(w, NVFP4Tensor) else out, dtype)
 
 
 # --- norm, rope -------------------------------------------------------------------------------------------------
@@ -322,23 +323,25 @@ def compress_pool(kv: jax.Array, score: jax.Array) -> jax.Array:
     return (jax.nn.softmax(score, axis=-2) * kv).sum(-2)
 
 
-def index_scores(q: jax.Array, keys, head_weights: jax.Array) -> jax.Array:
+def index_scores(q: jax.Array, keys, head_weights: jax.Array, visible=None) -> jax.Array:
     """q [B, T, H, K], keys [B, C, K] (plain or MXFP4Tensor), head_weights fp32 [B, T, H] -> fp32 [B, T, C].
 
-    score = sum_h relu(q_h . k) * w_h
+    score = sum_h relu(q_h . k) * w_h, here also of the entries that are not visible
     """
     dots = jnp.einsum("bthk,bck->bthc", q.astype(jnp.float32), _block_values(keys, jnp.float32), precision="highest")
     return jnp.einsum("bthc,bth->btc", jax.nn.relu(dots), head_weights, precision="highest")
 
 
 def top_entries(scores: jax.Array, visible: jax.Array, count: int) -> jax.Array:
-    """scores fp32 [B, T, C], visible int32 [B, T] -> int32 [B, T, min(count, C)]: the best of the first `visible`
-    entries, best first, ties to the lower index, -1 where fewer are visible."""
+    """scores [B, T, C], visible int32 [B, T] -> int32 [B, T, min(count, C)]: the best of the first `visible` entries in
+    ascending order, ties to the lower index, nan best of all, -1 where fewer are visible."""
     entries = scores.shape[-1]
     seen = jnp.arange(entries) < visible[..., None]
     scores = jnp.where(scores == 0, 0.0, scores)  # top_k ranks -0 below 0, which is no tie
+    scores = jnp.where(scores == scores, scores, jnp.nan)  # and a nan with a sign below -inf
     picked = jax.lax.top_k(jnp.where(seen, scores, -jnp.inf), min(count, entries))[1]
-    return jnp.where(jnp.arange(picked.shape[-1]) < visible[..., None], picked, -1)
+    picked = jnp.sort(jnp.where(jnp.arange(picked.shape[-1]) < visible[..., None], picked, entries))
+    return jnp.where(picked < entries, picked, -1)
 
 
 def attention(q, keys, mask, sink, picked=None, picked_mask=None) -> jax.Array:

@@ -1,7 +1,8 @@
 """Quantized arrays: pytrees that say which format they hold.
 
-Here: `NVFP4Tensor`, `MXFP4Tensor`, `FP8Tensor` (weights), `FP8Activation`; each lists its invariants.
-Not here: how values are rounded (`numerics.py`) or blocks scaled (`reference.py`).
+Here: `NVFP4Tensor`, `MXFP4Tensor`, `FP8Tensor` (weights), `FP8Activation`, `Unquantized`; each lists its invariants.
+Not here: how values are rounded (`numerics.py`) or blocks scaled (`reference.py`), layouts other than linear
+(`layout.py`).
 All are [..., rows, K] with blocks along K, the contraction axis, and `.shape` is the logical shape.
 FP4 data is packed two to a byte and e8m0 scales are their biased exponent bytes, both uint8, because that is
 what crosses the FFI and what every storage library can hold.
@@ -16,12 +17,16 @@ import jax
 FP8_BLOCK = 128  # weights: 128 x 128; activations: 1 x 128
 NVFP4_BLOCK = 16
 MXFP4_BLOCK = 32
+LINEAR = "linear"  # the layout that the docstrings below describe; an op that takes another one says so
 
 
 def _register(cls):
+    """A frozen dataclass and pytree: its arrays are children; `layout`, where it has one, is static."""
     cls = dataclasses.dataclass(frozen=True)(cls)
     names = [f.name for f in dataclasses.fields(cls)]
-    return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+    return jax.tree_util.register_dataclass(
+        cls, data_fields=[n for n in names if n != "layout"], meta_fields=[n for n in names if n == "layout"]
+    )
 
 
 @_register
@@ -36,6 +41,7 @@ class NVFP4Tensor:
     data: jax.Array
     scale: jax.Array
     global_scale: jax.Array
+    layout: str = LINEAR
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,6 +57,7 @@ class MXFP4Tensor:
 
     data: jax.Array
     scale: jax.Array
+    layout: str = LINEAR
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,6 +73,7 @@ class FP8Tensor:
 
     data: jax.Array
     scale: jax.Array
+    layout: str = LINEAR
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,7 +95,19 @@ class FP8Activation:
         return self.data.shape
 
 
+@_register
+class Unquantized:
+    """A plain activation that the op itself brings into the format its weight takes.
 
+    data: bf16 or fp32 [..., K]. FP8 and MXFP4 weights take `quantize_fp8` of it, NVFP4 weights `quantize_nvfp4_rows`, plain
+    weights the array as it is.
+    """
+
+    data: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
 
 
 @_register
@@ -105,3 +125,24 @@ class FP8KVCache:
 
 KV_BLOCK = 64
 QUANTIZED = (NVFP4Tensor, MXFP4Tensor, FP8Tensor, FP8Activation, FP8KVCache)
+
+
+def array_fields(kind: type) -> tuple[str, ...]:
+    """Names of the arrays of a quantized class, in order: ('data', 'scale', ...); () for a plain array."""
+    return tuple(f.name for f in dataclasses.fields(kind) if f.name != "layout") if kind in QUANTIZED else ()
+
+
+def layout_of(tensor) -> str:
+    """The layout of a weight; plain arrays are linear (what jax.Array calls its layout is another thing)."""
+    return getattr(tensor, "layout", LINEAR) if isinstance(tensor, QUANTIZED) else LINEAR
+
+
+def require_layout(op: str, *tensors, accepted: tuple[str, ...] = (LINEAR,)) -> None:
+    """ValueError unless every tensor lies in a layout that `op` takes; plain arrays are linear."""
+    for tensor in tensors:
+        layout = layout_of(tensor)
+        if layout not in accepted:
+            raise ValueError(
+                f"{op} got a {type(tensor).__name__} in layout {layout!r}, but takes {' or '.join(map(repr, accepted))} on "
+                "this backend; unpack the model (dsv4_jax.pack.unpack), or pack_for the arch that the backend runs on."
+            )

@@ -1,0 +1,163 @@
+"""Sparse attention of a decode step, from rotated queries to the rotated-back output: contract, checks, native launch.
+
+Formulas: `fused_reference_attention.py`; kernel: `native/cuda/attention.cu`. Not here: attention of prompt chunks
+(`attention.py`), the choice of entries (`attention.top_entries`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ffi_kernels.dispatch import current, implementation
+from ffi_kernels.launch import launch, native
+from ffi_kernels.tensor import KV_BLOCK, FP8KVCache
+
+# Constants of native/include/attention.cuh: entries that a CTA holds at a time, pitch of scores, channels of a warp.
+_TILE, _PITCH, _SLICE = 80, 88, 64
+_MAX_CHANNELS = 512
+_LONG = 4096  # entries of one sequence from which on more CTAs share the work
+_CTAS = 112  # that run at once in clusters on an H200: one per SM, but its GPCs do not all divide by 8
+# Time of a CTA that serves 16 heads, 32 heads, and each 32 heads more from entries it has decoded: measured, relative.
+_COSTS = {16: 18, 32: 25, "more": 20}
+
+
+def decode_attention(
+    q, window, fresh, compressed, picked, sink, start, length, cos, sin, *, ratio: int, return_lse: bool = False
+):  # fmt: skip
+    """Attention of the T new tokens of each sequence, written for T = 1..4. Key = value; one head of it.
+
+    q: [B, T, H, K], normed and rotated. sink: fp32 [H], joins the denominator only. start, length: int32 [B]; token t
+    stands at position p = start + t and counts if t < length, else its output is zero. cos, sin: fp32 [B, T, R/2] of
+    the positions. Entries are FP8KVCache or plain [B, n, K] in q.dtype, all three in one format:
+      window [B, W]: ring, position p in slot p % W, before this call; fresh [B, T]: the entries of the new tokens;
+      a token sees the positions (p - W, p], those from start on in `fresh`;
+      compressed [B, C] or None: of each token the entries picked, int32 [B, T, X] (-1 and any other index outside [0, C) is
+      none; one picked twice counts twice), or with picked None all closed ones, j < (p + 1) // ratio.
+    Scores q.k * K**-0.5 and exponentials in fp32, these rounded to q.dtype for the product with V (natively relative to
+    the largest score so far of a part of the keys), accumulated and divided in fp32, rounded; then the last R channels are
+    turned by (cos, -sin) and rounded again.
+    Returns [B, T, H, K] in q.dtype; with return_lse also fp32 [B, T, H], the log of the sum of exponentials without the
+    sink (-inf where nothing is seen). Native results of a token do not depend on B, T or other sequences, bit for bit.
+    ValueError for shapes that do not fit; natively also unless q is bf16 and K a multiple of 128 up to 512.
+    """
+    _check(q, window, fresh, compressed, picked, sink, start, length, cos, sin, ratio)
+    return implementation("decode_attention")(
+        q, window, fresh, compressed, picked, sink, start, length, cos, sin, ratio=ratio, return_lse=return_lse
+    )
+
+
+def _check(q, window, fresh, compressed, picked, sink, start, length, cos, sin, ratio: int) -> None:
+    batch, tokens, heads, channels = q.shape
+    rope = 2 * cos.shape[-1]
+    wanted = {
+        "sink": (heads,), "start": (batch,), "length": (batch,), "cos": (batch, tokens, rope // 2), "sin": (batch, tokens, rope // 2)
+    }  # fmt: skip
+    got = {"sink": sink.shape, "start": start.shape, "length": length.shape, "cos": cos.shape, "sin": sin.shape}
+    caches = {"window": window, "fresh": fresh, "compressed": compressed}
+    fp8 = isinstance(window, FP8KVCache)
+    for name, cache in caches.items():
+        if cache is None and name == "compressed":
+            continue
+        if isinstance(cache, FP8KVCache) != fp8:
+            kinds = type(window).__name__, type(cache).__name__
+            raise ValueError(f"decode_attention reads entries of one format, but window is {kinds[0]} and {name} {kinds[1]}.")
+        for array, width in [(cache.data, channels + rope), (cache.scale, _scale_bytes(channels, rope))] if fp8 else [(cache, channels)]:
+            count = tokens if name == "fresh" else array.shape[1] if array.ndim == 3 else 0
+            wanted[f"{name}[{width}]"], got[f"{name}[{width}]"] = (batch, count, width), array.shape
+    if picked is not None:
+        wanted["picked"], got["picked"] = (batch, tokens, picked.shape[-1]), picked.shape
+    if wrong := [f"{name} {got[name]} (wanted {shape})" for name, shape in wanted.items() if got[name] != shape]:
+        raise ValueError(f"decode_attention with q {q.shape} got {', '.join(wrong)}.")
+    if rope > channels or (fp8 and (channels - rope) % KV_BLOCK):
+        raise ValueError(
+            f"decode_attention got {channels} channels of which {rope} rotate; FP8 entries need the rest in blocks of {KV_BLOCK}."
+        )
+    if (compressed is None) != (ratio == 0) or (picked is not None and compressed is None):
+        state = "missing" if compressed is None else "given"
+        raise ValueError(f"decode_attention got ratio {ratio} with compressed {state}; ratio 0 means none.")
+
+
+def _scale_bytes(channels: int, rope: int) -> int:
+    blocks = (channels - rope) // KV_BLOCK
+    return blocks + -blocks % 8
+
+
+def parts_of(keys: int) -> int:
+    """CTAs that share the keys of one token: by the capacity of one sequence, never by the batch."""
+    if keys > _LONG:
+        return 16
+    return min(8, 1 << max(0, math.ceil(keys / _TILE) - 1).bit_length())
+
+
+def heads_of_cta(rows: int, heads: int, parts: int, fits: bool) -> tuple[int, int]:
+    """(heads that a CTA serves at a time, how often): what needs the least time in waves of clusters. No bit depends on it.
+
+    fits: all entries of a CTA fit into shared memory, where they wait for the next heads.
+    """
+    groups = -(-heads // 32)
+    options = [(_COSTS[16], 16, 1), (_COSTS[32], 32, 1)]
+    if fits and groups > 1:
+        options.append((_COSTS[32] + _COSTS["more"] * (groups - 1), 32, groups))
+
+    def time(option):
+        cost, group, passes = option
+        return cost * -(-rows * -(-heads // (group * passes)) * parts // _CTAS)
+
+    return min(options if heads > 16 else options[:1], key=time)[1:]
+
+
+@native("decode_attention")
+def _decode_attention(q, window, fresh, compressed, picked, sink, start, length, cos, sin, *, ratio: int, return_lse: bool):
+    batch, tokens, heads, channels = q.shape
+    rope, fp8 = 2 * cos.shape[-1], isinstance(window, FP8KVCache)
+    if q.dtype != jnp.bfloat16 or channels % 128 or not 128 <= channels <= _MAX_CHANNELS or (fp8 and rope % _SLICE):
+        raise ValueError(
+            f"decode_attention on {current()} takes bf16 queries of 128, 256, 384 or {_MAX_CHANNELS} channels (FP8 entries: {_SLICE} "
+            f"rotated channels or a multiple), got {q.dtype} [..., {channels}] with {rope} rotated; use backend('xla')."
+        )
+    if ratio & (ratio - 1) and picked is None:
+        raise ValueError(
+            f"decode_attention on {current()} finds closed entries for ratios that are powers of two, got {ratio}; use backend('xla')."
+        )
+    if not fp8 and any(e is not None and e.dtype != jnp.bfloat16 for e in (window, fresh, compressed)):
+        raise ValueError(f"decode_attention on {current()} reads plain entries in bf16, got {window.dtype}; use backend('xla').")
+
+    def arrays(cache):
+        return [cache.data, cache.scale] if isinstance(cache, FP8KVCache) else [cache, None]
+
+    size, entries = jax.tree.leaves(window)[0].shape[1], 0 if compressed is None else jax.tree.leaves(compressed)[0].shape[1]
+    picks = 0 if picked is None else picked.shape[-1]
+    visible = entries if picked is None else picks
+    parts = parts_of(size + visible)
+    shares = -(-size // parts), -(-picks // parts)
+    stages = 1 if shares[0] + -(-visible // parts) <= _TILE else 2
+    group, passes = heads_of_cta(batch * tokens, heads, parts, stages == 1)
+    stage_bytes = channels // _SLICE * _TILE * 2 * _SLICE
+    sizes = {
+        "entries": stages * stage_bytes, "output": group * channels * 4 if passes > 1 else 0, "rows": 2 * _TILE * 16,
+        "scores": channels // 128 * group * _PITCH * 4, "weights": group * _PITCH * 2,
+        "factor": group * 4, "largest": group * 4, "total": group * 4, "angles": rope * 4,
+    }  # fmt: skip
+    *offsets, shared_bytes = itertools.accumulate(sizes.values())
+    if passes == 1:
+        offsets[0] = 0  # the output takes the place of the entries
+    results = launch(
+        "decode_attention", "attention", f"decode_attention_{'fp8' if fp8 else 'bf16'}_{group}",
+        grid=(parts * tokens, -(-heads // (group * passes)), batch), block=channels, cluster=(parts, 1, 1),
+        shared_bytes=shared_bytes,
+        inputs=[q, *arrays(window), *arrays(fresh), *arrays(compressed), picked, sink, start, length, cos, sin],
+        outputs=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, tokens, heads), jnp.float32) if return_lse else None,
+        ],
+        scalars=[
+            tokens, heads, channels, rope, size, entries, picks, max(ratio, 1).bit_length() - 1, parts.bit_length() - 1, *shares,
+            channels + rope if fp8 else 2 * channels, _scale_bytes(channels, rope) if fp8 else 0, stages, stage_bytes, passes, *offsets,
+            channels**-0.5 / math.log(2),
+        ],
+    )  # fmt: skip
+    return results if return_lse else results[0]

@@ -1,0 +1,199 @@
+"""The experts of a MoE for few tokens: contract, checks, dispatch, and the two native launches (`experts.cu`).
+
+Not here: which experts a token picks (`router.py`); prompts, whose tokens pass every expert in turn (dsv4_jax).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+import jax
+import jax.numpy as jnp
+
+from ffi_kernels.dispatch import current, implementation
+from ffi_kernels.launch import MAX_SHARED_BYTES, launch, native
+from ffi_kernels.tensor import MXFP4_BLOCK, NVFP4_BLOCK, NVFP4Tensor, Unquantized, require_layout
+
+tile = importlib.import_module("ffi_kernels.linear")  # the package has a function of that name
+
+
+def experts(
+    x, routed: dict, shared: dict | None, ids: jax.Array, weights: jax.Array, limit: float, dtype=jnp.float32, row_max=None
+) -> jax.Array:
+    """The picked experts of each token and the shared one: x [R, D] -> [R, D], fp32 or rounded once to bf16.
+
+    routed: {"w1", "w3": [E, F, D], "w2": [E, D, F]}, linear weights of any format; shared: {"w1", "w3": [F', D], "w2": [D, F']} or
+    None, perhaps of another format and width. ids int32 [R, X], those outside [0, E) are clipped; weights fp32 [R, X].
+    Per slot: h = silu(min(w1 x, limit)) * clip(w3 x, +-limit) * weight, with both products rounded to x.dtype and h too;
+    x and h in the format that w1 and w2 take (`Unquantized`). Slots of weight zero add nothing; the others are summed
+    in slot order, and the shared expert last. row_max: where F is a shard, a function that turns the largest magnitudes
+    of local rows of h, fp32 [..., 1], into those of whole rows (NVFP4 has a scale per row). Raises ValueError for shapes
+    or formats that do not fit, natively also for row_max with NVFP4: nothing leaves the kernel between its products.
+    """
+    _check(x, routed, shared, ids, weights, dtype)
+    return implementation("experts")(x, routed, shared, ids, weights, limit, dtype, row_max)
+
+
+def _check(x, routed, shared, ids, weights, dtype) -> None:
+    experts_, width, hidden = routed["w1"].shape
+    parts = [(routed, (experts_, width, hidden), (experts_, hidden, width))]
+    if shared is not None:
+        own = shared["w1"].shape[0]
+        parts.append((shared, (own, hidden), (hidden, own)))
+    for w, up, down in parts:
+        require_layout("experts", *w.values())
+        shapes = tuple(w[name].shape for name in ("w1", "w3", "w2"))
+        if shapes != (up, up, down) or type(w["w1"]) is not type(w["w3"]):
+            raise ValueError(f"experts needs w1 and w3 {up} of one format and w2 {down}, got {shapes}.")
+    if x.ndim != 2 or x.shape[1] != hidden or ids.shape != weights.shape or ids.ndim != 2 or ids.shape[0] != x.shape[0]:
+        raise ValueError(f"experts takes x [R, {hidden}] with ids and weights [R, X], got {x.shape}, {ids.shape}, {weights.shape}.")
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"experts returns float32 or bfloat16, not {jnp.dtype(dtype).name}.")
+
+
+SLOTS = 128  # picks of all tokens of a launch
+TYPICAL_GROUPS = 7  # matrices of one token's step, for which the work is split; the order of the sums must not depend on the routing
+GROUPS_BYTES = 3 * 4 * SLOTS + (SLOTS + tile.ROWS) * (4 + 4 + tile.COLUMNS) + 8  # Groups of expert_groups.cuh
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """The routed experts or the shared one as one of the kernels reads them."""
+
+    weights: tuple  # matrices [(E,) N, K] of one format
+    format: int
+    n: int
+    k: int
+
+    def part(self, name: str) -> list:
+        if self.format == tile.BF16_WEIGHT:
+            return [w if name == "data" else None for w in self.weights]
+        return [getattr(w, name, None) for w in self.weights]
+
+    @property
+    def bytes_of_row(self) -> int:
+        scale = {tile.MXFP4_WEIGHT: self.k // MXFP4_BLOCK, tile.NVFP4_WEIGHT: self.k // NVFP4_BLOCK}.get(self.format, 0)
+        return tile.row_bytes(self.format, self.k) + scale
+
+
+def _kind(x: jax.Array, weights: tuple) -> _Kind:
+    form = tile.weight_format("experts", weights[0])
+    tile.input_of("experts", Unquantized(x), form)
+    return _Kind(weights, form, *weights[0].shape[-2:])
+
+
+def _name(kinds: list[_Kind]) -> str:
+    """The kernel that serves these weights: the less it must know, the shorter it is (the end of experts.cu)."""
+    formats = {kind.format for kind in kinds}
+    if not all(tile.is_whole(kind.format, kind.n, kind.k) for kind in kinds):
+        return "ragged"
+    if formats <= {tile.MXFP4_WEIGHT, tile.FP8_WEIGHT}:
+        return "official"
+    return {tile.BF16_WEIGHT: "bf16", tile.NVFP4_WEIGHT: "nvfp4"}[formats.pop()] if len(formats) == 1 else "ragged"
+
+
+def _each(kinds: list[_Kind], value) -> list[int]:
+    """value(kind) of the routed and the shared experts, zero for a shared expert that is not there."""
+    return [value(kinds[0]), value(kinds[1]) if len(kinds) > 1 else 0]
+
+
+def _arrays(kinds: list[_Kind], count: int) -> list:
+    """Inputs data, scale, global_scale, each [kind][matrix] with None for what is not there."""
+    parts = []
+    for name in ("data", "scale", "global_scale"):
+        of_kinds = [kind.part(name) for kind in kinds] + [[None] * count]
+        parts += of_kinds[0] + of_kinds[1]
+    return parts
+
+
+def _fixed_bytes(products: int) -> int:
+    """Rings and partial sums; `products` of each tile are summed at once."""
+    return tile.RING_BYTES + products * tile.PARTIAL_BYTES
+
+
+def _refuse(columns: str, shared: int):
+    raise ValueError(
+        f"experts on {current()} needs {shared} bytes of shared memory for {columns}, a CTA has {MAX_SHARED_BYTES}; "
+        "use fewer tokens per step or backend('xla')."
+    )
+
+
+def _up(x, kinds: list[_Kind], ids, weights, experts_: int, limit: float) -> list[jax.Array]:
+    """h bf16 [R, X, F], and [R, F'] of the shared expert."""
+    rows, hidden = x.shape
+    groups = (GROUPS_BYTES + 4 * tile.COLUMNS + 15) // 16 * 16
+    for most in (8, 4, 2, 1):  # as many tokens of an expert at once as fit
+        columns = min(rows, most)
+        shared = _fixed_bytes(2) + groups + tile.column_space_bytes(hidden, columns)
+        if shared <= MAX_SHARED_BYTES:
+            break
+    else:
+        _refuse(f"inputs of D = {hidden}", shared)
+    h = [jax.ShapeDtypeStruct((rows, ids.shape[1], kinds[0].n), jnp.bfloat16)]
+    h.append(jax.ShapeDtypeStruct((rows, kinds[1].n), jnp.bfloat16) if len(kinds) > 1 else None)
+    return launch(
+        "experts", "experts", f"experts_up_{_name(kinds)}",
+        grid=(tile.CTAS[current()], 1, 1), block=32 * tile.WARPS, shared_bytes=shared,
+        inputs=[x, ids, weights, *_arrays(kinds, 2)], outputs=h,
+        scalars=[
+            rows, ids.shape[1], experts_, hidden, columns,
+            *_each(kinds, lambda k: k.format), *_each(kinds, lambda k: k.n),
+            *_each(kinds, lambda k: tile.split_of(k.format, k.n, k.k, TYPICAL_GROUPS).bit_length() - 1),
+            *_each(kinds, lambda k: -(-k.n // tile.TILE_ROWS)),
+            *_each(kinds, lambda k: max(2 * tile.TILE_ROWS * k.bytes_of_row // 1024, 1)),
+            float(limit),
+        ],
+    )  # fmt: skip
+
+
+def _down(h: list, kinds: list[_Kind], ids, weights, experts_: int, dtype) -> jax.Array:
+    rows, slots = ids.shape
+    hidden = kinds[0].n
+    tiles = -(-hidden // tile.TILE_ROWS)
+    ctas = min(tile.CTAS[current()], tiles)
+    of_cta = -(-tiles // ctas)
+    split = tile.split_of(kinds[0].format, hidden, kinds[0].k, TYPICAL_GROUPS)
+    fixed = (GROUPS_BYTES + 15) // 16 * 16 + of_cta * rows * (slots + 1) * tile.TILE_ROWS * 4
+    for largest in (8, 4, 2, 1):  # tokens of an expert at once: as many as leave room for some experts
+        columns = min(rows, largest)
+        space = max(tile.column_space_bytes(k.k, columns) for k in kinds)
+        most = rows * slots + (-(-rows // columns) if len(kinds) > 1 else 0)
+        per_group = space + 4 * tile.COLUMNS
+        batch = min(most, (MAX_SHARED_BYTES - _fixed_bytes(1) - fixed) // per_group)
+        if batch >= min(most, 4):
+            break
+    if batch < 1:
+        _refuse(f"inputs of F = {kinds[0].k}", _fixed_bytes(1) + fixed + per_group)
+    shared = _fixed_bytes(1) + fixed + batch * per_group
+    return launch(
+        "experts", "experts", f"experts_down_{_name(kinds)}",
+        grid=(ctas, 1, 1), block=32 * tile.WARPS, shared_bytes=shared,
+        inputs=[*h, ids, weights, *_arrays(kinds, 1)],
+        outputs=[jax.ShapeDtypeStruct((rows, hidden), dtype)],
+        scalars=[
+            rows, slots, experts_, hidden, columns,
+            *_each(kinds, lambda k: k.format), *_each(kinds, lambda k: k.k),
+            split.bit_length() - 1, batch, of_cta, space, int(dtype == jnp.bfloat16),
+        ],
+    )[0]  # fmt: skip
+
+
+@native("experts")
+def _experts(x, routed, shared, ids, weights, limit, dtype, row_max):
+    rows, slots = ids.shape
+    if row_max is not None and any(isinstance(w["w2"], NVFP4Tensor) for w in (routed, shared or {"w2": None})):
+        raise ValueError(
+            f"experts on {current()} cannot scale rows of NVFP4 that are split over devices; split whole experts "
+            "(expert_sharding='experts'), use another recipe, or backend('xla')."
+        )
+    if not 1 <= rows <= tile.ROWS or rows * slots > SLOTS:
+        raise ValueError(
+            f"experts on {current()} serves 1 to {tile.ROWS} tokens and {SLOTS} picks, not {rows} tokens with {slots} each; trace "
+            "prompts under backend('xla')."
+        )
+    ids, weights = ids.astype(jnp.int32), weights.astype(jnp.float32)
+    parts = [routed] if shared is None else [routed, shared]
+    up, down = ([_kind(x, tuple(part[name] for name in names)) for part in parts] for names in (("w1", "w3"), ("w2",)))
+    h = _up(x, up, ids, weights, routed["w1"].shape[0], limit)
+    return _down(h, down, ids, weights, routed["w1"].shape[0], dtype)

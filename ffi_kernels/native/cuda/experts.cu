@@ -1,0 +1,361 @@
+// experts: the MoE of a few tokens in two launches (ffi_kernels/experts.py). experts_up: gate, up and SwiGLU of every
+// picked expert and the shared one; experts_down: their down products, summed over each token's slots in slot order.
+//
+// Both read every matrix once for as many tokens as a group holds, 16 rows at a time by teams of warps, through the rings of tile.cuh. Kind 0
+// is the routed experts, kind 1 the shared one, which may have another format and width.
+#include "expert_groups.cuh"
+#include "stage.cuh"
+
+namespace dsv4 {
+
+struct ExpertsUpParams {
+  const uint16_t* x;           // bf16 [R, D]
+  const int* ids;              // int32 [R, X]
+  const float* weights;        // fp32 [R, X]
+  const uint8_t* w[2][2];      // [kind][gate, up]: [E or 1, F, D] in its format; null without a shared expert
+  const uint8_t* scale[2][2];  // or null
+  const float* global[2][2];   // fp32 [E or 1], or null
+  uint16_t* h[2];              // bf16 [R, X, F] and [R, F of the shared expert]
+  int rows, slots, experts, hidden;  // R, X, E, D
+  int columns;                 // tokens of a group, at most 8
+  int kind[2], width[2];       // of the weights (Kind of tile.cuh); F
+  int split_log2[2];           // of the warps of a team
+  int tiles[2], cost[2];       // of a matrix; KiB of a tile of gate and up together
+  float limit;
+};
+
+// Tiles of 16 rows of gate and of up, group after group; a CTA has a run of them. Within a group, its teams take turns.
+template <uint32_t kinds>
+struct UpWalk {
+  const ExpertsUpParams& p;
+  const Groups& groups;
+  int begin, end, group, last;        // of this CTA: tiles, the present group and the last one
+  int tile = 0, limit = 0, teams = 0;
+  int kind = 0, row = 0;              // of the present tile
+  int half = 1;                       // 0: gate, 1: up
+
+  DSV4_D int first_of(int group) const {
+    const int routed = min(group, groups.routed);
+    return routed * p.tiles[0] + (group - routed) * p.tiles[1];
+  }
+
+  DSV4_D int tile_at(uint32_t cost) const {  // the first tile that starts at or behind it
+    const uint32_t of_routed = uint32_t(groups.routed) * p.tiles[0] * p.cost[0];
+    if (cost <= of_routed) return int((cost + p.cost[0] - 1) / p.cost[0]);
+    return groups.routed * p.tiles[0] + int((cost - of_routed + p.cost[1] - 1) / p.cost[1]);
+  }
+
+  DSV4_D UpWalk(const ExpertsUpParams& params, const Groups& found) : p(params), groups(found) {
+    const uint32_t total = uint32_t(groups.routed) * p.tiles[0] * p.cost[0] + uint32_t(groups.all - groups.routed) * p.tiles[1] * p.cost[1];
+    begin = tile_at(total / gridDim.x * blockIdx.x + total % gridDim.x * blockIdx.x / gridDim.x);
+    end = tile_at(total / gridDim.x * (blockIdx.x + 1) + total % gridDim.x * (blockIdx.x + 1) / gridDim.x);
+    group = group_at(begin) - 1;
+    last = begin < end ? group_at(end - 1) : group;
+  }
+
+  DSV4_D int group_at(int tile) const {
+    const int routed = groups.routed * p.tiles[0];
+    return tile < routed ? tile / p.tiles[0] : groups.routed + (groups.all > groups.routed ? (tile - routed) / p.tiles[1] : 0);
+  }
+
+  DSV4_D Team team() const { return {p.split_log2[kind]}; }
+
+  // Whether this group, the next one, has tiles for this CTA; its first tile comes with the next call of tile_of_group.
+  DSV4_D bool next_group() {
+    if (++group > last) return false;
+    kind = group >= groups.routed;
+    limit = min(end, first_of(group + 1));
+    teams = team().count();
+    tile = max(begin, first_of(group)) + team().index() - teams;
+    return true;
+  }
+
+  DSV4_D bool next_of_group() {
+    tile += teams;
+    row = (tile - first_of(group)) * kTileRows;
+    return tile < limit;
+  }
+
+  DSV4_D Segment segment(int of_up) const {
+    return {weight_rows<kinds>(format_of(p.kind[kind]), p.w[kind][of_up], p.scale[kind][of_up], groups.matrix[group], p.width[kind], p.hidden, row), team().rank(), 1 << p.split_log2[kind]};
+  }
+
+  DSV4_D bool next(Segment& s) {
+    half ^= 1;
+    if (half == 0) {
+      while (teams == 0 || !next_of_group()) {
+        if (!next_group()) {
+          half = 1;
+          return false;
+        }
+      }
+    }
+    s = segment(half);
+    return true;
+  }
+};
+
+constexpr int kTouched = 16384;  // bytes of inputs that stay in the L1 that the shared memory leaves
+
+template <class At>
+struct RowsAt {
+  const At& of;
+  DSV4_D StagedRow at(int i) const { return of(i); }
+};
+
+template <uint32_t kinds, bool whole>
+DSV4_D void experts_up(const ExpertsUpParams& p) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  float* partials = reinterpret_cast<float*>(shared + kTileWarps * kRing * kSlot);  // of gate, then of up
+  Groups& groups = *reinterpret_cast<Groups*>(partials + kPartials / 2);
+  uint32_t* amax = reinterpret_cast<uint32_t*>(&groups + 1);
+  uint8_t* inputs = reinterpret_cast<uint8_t*>(&groups) + (sizeof(Groups) + kColumns * 4 + 15) / 16 * 16;
+  const ColumnSpace space = column_space(inputs, p.hidden, p.columns);
+
+  const uint32_t touched = touch(p.x, int64_t(p.rows) * p.hidden * 2);
+  find_groups(groups, p.ids, p.weights, p.rows, p.slots, p.experts, p.w[1][0] != nullptr, p.columns);
+  keep(touched);
+  UpWalk<kinds> walk(p, groups);
+  if (walk.begin >= walk.end) return;
+  Ring<kinds, whole, UpWalk<kinds>> ring(walk, shared + warp_id() * kRing * kSlot);
+  bool started = false;
+  const auto token_of = [&](int group, int column) { return group < groups.routed ? groups.member[group][column] / p.slots : groups.member[group][column]; };
+  Team before{0};
+  int staged = -1, parity = 0;
+  while (walk.next_group()) {
+    const int kind = walk.kind, group = walk.group, count = groups.count[group], split = p.split_log2[kind], form = form_of<kinds>(p.kind[kind]);
+    bool same = staged >= 0 && groups.count[staged] == count && form_of<kinds>(p.kind[staged >= groups.routed]) == form;
+    for (int i = 0; same && i < count; ++i) same = token_of(staged, i) == token_of(group, i);
+    if (!same) {
+      __syncthreads();  // the columns before were read
+      const InputRows in{reinterpret_cast<const void*>(p.x), nullptr, nullptr, p.hidden, form};
+      const auto at = [&](int i) { return StagedRow{in, token_of(group, i), space, i}; };
+      const RowsAt<decltype(at)> rows{at};
+      Stage<1, RowsAt<decltype(at)>> stage(rows, count, p.hidden);
+      const bool in_l1 = p.rows * p.hidden * 2 <= kTouched;  // otherwise the rings must wait for the inputs
+      if (!started && in_l1) ring.start();
+      stage.write(scaled_here(in), amax);
+      if (!started && !in_l1) ring.start();
+      started = true;
+      __syncthreads();
+    }
+    const Columns columns = columns_of(space, p.hidden, count);
+    const Team team = walk.team();
+    if (staged >= 0 && before.split_log2 != split) {  // other teams from here on: those before must have read their sums
+      before.sync();
+      parity = 0;
+    }
+    before = team;
+    staged = group;
+    const int format = format_of(p.kind[kind]);
+    const float of_gate = load_global(p.global[kind][0], format, groups.matrix[group]), of_up = load_global(p.global[kind][1], format, groups.matrix[group]);
+    while (walk.next_of_group()) {
+      float* of_team = partials + (parity * 2 * kTileWarps + warp_id() - team.rank()) * kPartial;
+      Segment s;
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        s = walk.segment(half);
+        const int units = units_of(s.rows);
+        float sum[4] = {};
+        for (int unit = s.first; unit < units; unit += s.step) {
+          multiply_unit<kinds>(sum, ring.wait(), ring.lane, p.kind[kind], s.rows, columns, unit);
+          ring.release();
+        }
+        store_partial(of_team + (half * kTileWarps + team.rank()) * kPartial, sum);
+      }
+      parity ^= 1;
+      team.sync();  // the next tile takes the other partials
+      for (int i = team.rank() * 32 + lane_id(); i < kTileRows * count; i += 32 << split) {
+        const int row = i % kTileRows, column = i / kTileRows, f = walk.row + row;
+        if (!whole && row >= s.rows.rows) continue;
+        const float factor = space.factor[column];
+        float gate = finished(sum_partials(of_team, row, column, split), format, factor, of_gate);
+        float up = finished(sum_partials(of_team + kTileWarps * kPartial, row, column, split), format, factor, of_up);
+        gate = min_nan(round_bf16(gate), p.limit);
+        up = max_nan(min_nan(round_bf16(up), p.limit), -p.limit);
+        float h = silu(gate) * up;
+        const int member = groups.member[group][column];
+        if (kind == 0) h *= groups.weight[member];
+        p.h[kind][int64_t(member) * p.width[kind] + f] = float_to_bf16(h);
+      }
+    }
+  }
+}
+
+struct ExpertsDownParams {
+  const uint16_t* h[2];        // bf16 [R, X, F] and [R, F of the shared expert], or null
+  const int* ids;              // int32 [R, X]
+  const float* weights;        // fp32 [R, X]
+  const uint8_t* w[2];         // [E or 1, D, F] in its format; null without a shared expert
+  const uint8_t* scale[2];     // or null
+  const float* global[2];      // fp32 [E or 1], or null
+  void* out;                   // [R, D] fp32 or bf16
+  int rows, slots, experts, hidden;  // R, X, E, D
+  int columns;                 // tokens of a group, at most 8
+  int kind[2], width[2];
+  int split_log2;              // of the warps of a team
+  int batch;                   // groups whose inputs are in shared memory at once
+  int tiles;                   // of 16 rows of D, of a CTA, at most
+  int space;                   // bytes of one group's columns
+  int out_bf16;
+};
+
+// 16 rows of D of one group's matrix after the other: batch of groups by batch, in a batch tile by tile. Teams take turns.
+template <uint32_t kinds>
+struct DownWalk {
+  const ExpertsDownParams& p;
+  const Groups& groups;
+  Team team;
+  int begin, tiles;             // tiles of this CTA
+  int batch = -1, job = 0, jobs = 0;
+  int group = 0, tile = 0;      // of the present job
+
+  DSV4_D DownWalk(const ExpertsDownParams& params, const Groups& found) : p(params), groups(found), team{params.split_log2} {
+    const int all = (p.hidden + kTileRows - 1) / kTileRows;
+    begin = int(uint32_t(all) * blockIdx.x / gridDim.x);
+    tiles = int(uint32_t(all) * (blockIdx.x + 1) / gridDim.x) - begin;
+  }
+
+  DSV4_D int groups_of_batch() const { return min(p.batch, groups.all - batch * p.batch); }
+
+  DSV4_D bool next_batch() {
+    ++batch;
+    if (batch * p.batch >= groups.all) return false;
+    jobs = tiles * groups_of_batch();
+    job = team.index() - team.count();
+    return true;
+  }
+
+  DSV4_D bool next_of_batch() {
+    job += team.count();
+    if (job >= jobs) return false;
+    const int count = groups_of_batch();
+    tile = job / count;
+    group = batch * p.batch + job - tile * count;
+    return true;
+  }
+
+  DSV4_D Segment segment() const {
+    const int kind = group >= groups.routed;
+    return {weight_rows<kinds>(format_of(p.kind[kind]), p.w[kind], p.scale[kind], groups.matrix[group], p.hidden, p.width[kind], (begin + tile) * kTileRows), team.rank(), 1 << p.split_log2};
+  }
+
+  DSV4_D bool next(Segment& s) {
+    while (batch < 0 || !next_of_batch()) {
+      if (!next_batch()) return false;
+    }
+    s = segment();
+    return true;
+  }
+};
+
+// log2 of the columns of a group as they are counted while they are staged.
+DSV4_D int columns_log2(int columns) { return columns > 4 ? 3 : columns > 2 ? 2 : columns - 1; }
+
+// Where the product of a member of a group waits for the sum: slot x of token r, or the shared expert as slot X.
+DSV4_D int place_of(const ExpertsDownParams& p, const Groups& groups, int group, int column) {
+  const int member = groups.member[group][column];
+  return group < groups.routed ? member / p.slots * (p.slots + 1) + member % p.slots : member * (p.slots + 1) + p.slots;
+}
+
+template <uint32_t kinds, bool whole>
+DSV4_D void experts_down(const ExpertsDownParams& p) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  float* partials = reinterpret_cast<float*>(shared + kTileWarps * kRing * kSlot);
+  Groups& groups = *reinterpret_cast<Groups*>(partials + kPartials / 4);
+  uint8_t* products_at = reinterpret_cast<uint8_t*>(&groups) + (sizeof(Groups) + 15) / 16 * 16;
+  float* products = reinterpret_cast<float*>(products_at);  // [tiles, R, X + 1, 16]
+  const int per_tile = p.rows * (p.slots + 1) * kTileRows;
+  uint32_t* amax = reinterpret_cast<uint32_t*>(products + p.tiles * per_tile);
+  uint8_t* inputs = reinterpret_cast<uint8_t*>(amax + p.batch * kColumns);
+  const auto space_of = [&](int group) { return column_space(inputs + group % p.batch * p.space, p.width[group >= groups.routed], p.columns); };
+
+  const uint32_t touched = touch(p.h[0], int64_t(p.rows) * p.slots * p.width[0] * 2), touched_shared = touch(p.h[1], int64_t(p.rows) * p.width[1] * 2);
+  find_groups(groups, p.ids, p.weights, p.rows, p.slots, p.experts, p.w[1] != nullptr, p.columns);
+  keep(touched);
+  keep(touched_shared);
+  DownWalk<kinds> walk(p, groups);
+  Ring<kinds, whole, DownWalk<kinds>> ring(walk, shared + warp_id() * kRing * kSlot);
+  const Team team = walk.team;
+
+  bool started = false;
+  int parity = 0;
+  while (walk.next_batch()) {
+    const int first = walk.batch * p.batch;
+    const auto row_at = [&](int i) {
+      const int of = columns_log2(p.columns), group = first + (i >> of), kind = group >= groups.routed, column = i & ((1 << of) - 1);
+      const InputRows in{reinterpret_cast<const void*>(p.h[kind]), nullptr, nullptr, p.width[kind], form_of<kinds>(p.kind[kind])};
+      return StagedRow{in, groups.member[group][column], space_of(group), column < groups.count[group] ? column : -1};
+    };
+    const RowsAt<decltype(row_at)> rows{row_at};
+    Stage<4, RowsAt<decltype(row_at)>> stage(rows, walk.groups_of_batch() << columns_log2(p.columns), max(p.width[0], p.width[1]));
+    const bool scaled = form_of<kinds>(p.kind[0]) == kNvfp4Input || form_of<kinds>(p.kind[1]) == kNvfp4Input;
+    if (!started && stage.fits()) {
+      stage.load();
+      ring.start();
+      started = true;
+    }
+    __syncthreads();  // the columns before were read
+    stage.write(scaled, amax);
+    if (!started) {
+      ring.start();
+      started = true;
+    }
+    __syncthreads();
+    while (walk.next_of_batch()) {
+      const int group = walk.group, kind = group >= groups.routed, count = groups.count[group];
+      const ColumnSpace space = space_of(group);
+      const Columns columns = columns_of(space, p.width[kind], count);
+      const Segment s = walk.segment();
+      const int units = units_of(s.rows), format = format_of(p.kind[kind]);
+      const float global = load_global(p.global[kind], format, groups.matrix[group]);
+      float sum[4] = {};
+      for (int unit = s.first; unit < units; unit += s.step) {
+        multiply_unit<kinds>(sum, ring.wait(), ring.lane, p.kind[kind], s.rows, columns, unit);
+        ring.release();
+      }
+      float* of_team = partials + (parity * kTileWarps + warp_id() - team.rank()) * kPartial;
+      parity ^= 1;
+      store_partial(of_team + team.rank() * kPartial, sum);
+      team.sync();  // the next job takes the other partials
+      for (int i = team.rank() * 32 + lane_id(); i < kTileRows * count; i += 32 << p.split_log2) {
+        const int row = i % kTileRows, column = i / kTileRows;
+        products[walk.tile * per_tile + place_of(p, groups, group, column) * kTileRows + row] =
+            finished(sum_partials(of_team, row, column, p.split_log2), format, space.factor[column], global);
+      }
+    }
+  }
+  __syncthreads();
+
+  for (int i = threadIdx.x; i < walk.tiles * p.rows * kTileRows; i += kTileThreads) {
+    const int row = i % kTileRows, token = i / kTileRows % p.rows, tile = i / kTileRows / p.rows;
+    const int d = (walk.begin + tile) * kTileRows + row;
+    if (d >= p.hidden) continue;
+    const float* of_token = products + tile * per_tile + token * (p.slots + 1) * kTileRows + row;
+    float sum = 0.0f;
+    for (int x = 0; x < p.slots; ++x) {
+      if (groups.weight[token * p.slots + x] != 0.0f) sum += of_token[x * kTileRows];
+    }
+    if (p.w[1]) sum += of_token[p.slots * kTileRows];
+    const int64_t to = int64_t(token) * p.hidden + d;
+    if (p.out_bf16) {
+      static_cast<uint16_t*>(p.out)[to] = float_to_bf16(sum);
+    } else {
+      static_cast<float*>(p.out)[to] = sum;
+    }
+  }
+}
+
+}  // namespace dsv4
+
+#define DSV4_EXPERTS(name, kinds, whole)                                                                                                        \
+  extern "C" __global__ void __launch_bounds__(dsv4::kTileThreads, 1) experts_up_##name(const __grid_constant__ dsv4::ExpertsUpParams p) {     \
+    dsv4::experts_up<kinds, whole>(p);                                                                                                         \
+  }                                                                                                                                            \
+  extern "C" __global__ void __launch_bounds__(dsv4::kTileThreads, 1) experts_down_##name(const __grid_constant__ dsv4::ExpertsDownParams p) { \
+    dsv4::experts_down<kinds, whole>(p);                                                                                                       \
+  }
+DSV4_EXPERTS(bf16, 1u << dsv4::kBf16, true)
+DSV4_EXPERTS(official, 1u << dsv4::kMxfp4 | 1u << dsv4::kFp8, true)
+DSV4_EXPERTS(nvfp4, 1u << dsv4::kNvfp4, true)
+DSV4_EXPERTS(ragged, 15u, false)

@@ -1,0 +1,137 @@
+// The pieces of sparse decode attention (cuda/attention.cu) that know the cache: where an entry lies, and how its stored
+// bytes become bf16 fragments. Not here: the softmax, the products, the merge.
+#pragma once
+
+#include "mma.cuh"
+
+namespace dsv4 {
+
+constexpr int kTileKeys = 80;    // entries that a CTA holds at a time; 8 CTAs hold a window of 128 and 512 more at once
+constexpr int kSlice = 64;       // channels of one scale of the FP8 cache
+constexpr int kRowBytes = 2 * kSlice;
+constexpr int kSliceBytes = kTileKeys * kRowBytes;
+constexpr int kPitch = kTileKeys + 8;  // of scores and weights in shared memory: no bank conflicts
+constexpr int kMaxPairs = 4;           // of slices: K <= 512
+constexpr int kSplit = 4;              // warps of a pair
+constexpr int kRounds = (kTileKeys / 8 + kSplit - 1) / kSplit;  // of groups of 8 keys
+constexpr int kPart = 128 / kSplit;    // channels of a warp in the product with V
+
+struct AttentionParams {
+  const uint16_t* q;                  // bf16 [B, T, H, K]
+  const uint8_t* window;              // [B, W, entry_bytes]
+  const uint8_t* window_scale;        // [B, W, S]; null in the plain format, like the other scales
+  const uint8_t* fresh;               // [B, T, entry_bytes]
+  const uint8_t* fresh_scale;         // [B, T, S]
+  const uint8_t* compressed;          // [B, C, entry_bytes] or null
+  const uint8_t* compressed_scale;    // [B, C, S]
+  const int32_t* picked;              // [B, T, X], or null: every closed entry
+  const float* sink;                  // [H]
+  const int32_t* start;               // [B]
+  const int32_t* length;              // [B]
+  const float* cos;                   // [B, T, R/2]
+  const float* sin;                   // [B, T, R/2]
+  uint16_t* out;                      // bf16 [B, T, H, K]
+  float* lse;                         // [B, T, H] or null
+  int32_t tokens, heads, channels, rope, window_size, entries, picks;  // T, H, K, R, W, C, X
+  int32_t ratio_log2, parts_log2;     // parts: CTAs of a cluster, which share the keys of one token
+  int32_t window_share, pick_share;   // of one part
+  int32_t entry_bytes, scale_bytes;   // K + R and S, or 2 K and 0
+  int32_t stages, stage_bytes;        // tiles in shared memory, 1 or 2; K / 64 * kSliceBytes
+  int32_t passes;                     // groups of heads that a CTA serves one after the other
+  // Offsets in shared memory; entries lie at 0, bf16 [stages][K / 64][80 keys][64 channels], 16-byte chunk i of a row at
+  // i ^ (key % 8).
+  int32_t output;                     // fp32 [warps][heads][channels of a warp]; at 0 if the entries are not needed again
+  int32_t rows;                       // Entry [2][80], of two tiles
+  int32_t scores;                     // fp32 [K / 128][heads][kPitch], partial sums over 128 channels
+  int32_t weights;                    // bf16 [heads][kPitch]
+  int32_t factor, largest, total;     // fp32 [heads]: of the output so far; in log2 units; sum of the unrounded weights
+  int32_t angles;                     // fp32 [R]: cosines, then sines
+  float score_scale;                  // K**-0.5 * log2(e): exponentials are taken to base 2
+};
+
+// The entries that one CTA of the cluster attends to for one token: its part of the window, then its part of the
+// compressed ones. Parts depend on static shapes and on the position only, never on the batch.
+struct Part {
+  int token, position, newest_slot;  // of the query; the slot of its own entry in the ring
+  int window_first, window_count;
+  int compressed_first, compressed_count;
+
+  // What is known without the position: all but `position` and, where every closed entry counts, the compressed ones.
+  DSV4_D Part(const AttentionParams& p, int the_token, int rank) : token(the_token), position(0), newest_slot(0) {
+    window_first = min(rank * p.window_share, p.window_size);
+    window_count = min(p.window_share, p.window_size - window_first);
+    compressed_first = min(rank * p.pick_share, p.picks);
+    compressed_count = min(p.pick_share, p.picks - compressed_first);
+  }
+  DSV4_D void set_position(const AttentionParams& p, int start, int rank) {
+    const int size = p.window_size;
+    position = int(uint32_t(start) + uint32_t(token));
+    newest_slot = position < 0 ? 0 : (size & (size - 1)) == 0 ? position & (size - 1) : position % size;
+    if (p.compressed == nullptr || p.picked != nullptr) return;
+    const int closed = min(position < 0 ? 0 : int((uint32_t(position) + 1u) >> p.ratio_log2), p.entries);
+    const int share = (closed + (1 << p.parts_log2) - 1) >> p.parts_log2;
+    compressed_first = min(rank * share, closed);
+    compressed_count = min(share, closed - compressed_first);
+  }
+  DSV4_D int count() const { return window_count + compressed_count; }
+};
+
+// A stored entry; both are null where there is nothing to see.
+struct alignas(16) Entry {
+  const uint8_t* data;
+  const uint8_t* scale;
+};
+
+// The index picked for entry `key` of the part, -1 where none is.
+DSV4_D int load_pick(const AttentionParams& p, const Part& part, int row, int key) {
+  if (p.picked == nullptr || key < part.window_count || key >= part.count()) return -1;
+  return p.picked[size_t(row) * p.picks + part.compressed_first + key - part.window_count];
+}
+
+DSV4_D Entry locate(const AttentionParams& p, const Part& part, int sequence, int key, int pick) {
+  const uint8_t *data = p.compressed, *scale = p.compressed_scale;
+  int row = p.picked != nullptr ? pick : part.compressed_first + key - part.window_count, rows = p.entries;
+  bool present = key < part.count() && uint32_t(row) < uint32_t(rows);
+  if (key < part.window_count) {
+    row = part.window_first + key, rows = p.window_size, data = p.window, scale = p.window_scale;
+    int age = part.newest_slot - row;  // in tokens before the query
+    if (age < 0) age += p.window_size;
+    present = age <= part.position;
+    if (age <= part.token) row = part.token - age, rows = p.tokens, data = p.fresh, scale = p.fresh_scale;
+  }
+  const size_t at = size_t(sequence) * rows + row;
+  return present ? Entry{data + at * p.entry_bytes, scale + at * p.scale_bytes} : Entry{nullptr, nullptr};
+}
+
+template <typename T>
+DSV4_D T& in_shared(uint32_t offset) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  return *reinterpret_cast<T*>(memory + offset);
+}
+
+DSV4_D uint32_t address_in_shared(uint32_t offset) { return shared_address(&in_shared<uint8_t>(offset)); }
+
+// 16 e4m3 codes -> bf16. Exponent and mantissa are placed in those of a bf16 that is 2**120 too small, and multiplied.
+// `scale` is the biased exponent byte of the block. Rare: a scale above 2**7 takes a second factor, and codes that are no
+// number stay so.
+DSV4_D void decode_e4m3(uint4 raw, uint32_t scale, uint32_t (&out)[8]) {
+  constexpr uint32_t kLargest = 7 + 127;
+  const uint32_t in[4] = {raw.x, raw.y, raw.z, raw.w};
+  const uint32_t first = (min(scale, kLargest) + 120) << 7, factor = first | first << 16;
+  uint32_t carries = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t codes = __byte_perm(in[j / 2], 0, j % 2 ? 0x3424 : 0x1404);  // in the high bytes of both halves
+    out[j] = multiply_bf16x2((codes & 0x80008000u) | ((codes >> 4) & 0x07F007F0u), factor);
+    if (j % 2) carries |= (in[j / 2] & 0x7F7F7F7Fu) + 0x01010101u;
+  }
+  if (!__any_sync(0xFFFFFFFFu, scale > kLargest || (carries & 0x80808080u))) return;
+  const uint32_t second = (max(scale, kLargest) - kLargest + 127) << 7, rest = second | second << 16;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t codes = __byte_perm(in[j / 2], 0, j % 2 ? 0x4342 : 0x4140) & 0x007F007Fu, nan = (codes + 0x00010001u) & 0x00800080u;
+    out[j] = multiply_bf16x2(out[j], rest) | ((nan << 8) - (nan >> 7));
+  }
+}
+
+}  // namespace dsv4

@@ -1,0 +1,76 @@
+// Which matrices a MoE step reads, and for which tokens: found by every CTA of experts.cu from the ids, so that tokens
+// that picked one expert share the read of its matrices.
+//
+// A group is one expert with up to `columns` of the slots that picked it, of different tokens; then come groups of as many
+// tokens of the shared expert. Slots of weight zero belong to no group. The order of groups follows the routing of all tokens; nothing
+// that a token is given depends on it.
+#pragma once
+
+#include "tile.cuh"
+
+namespace dsv4 {
+
+constexpr int kMaxSlots = 128;                            // tokens * experts per token
+constexpr int kMaxTokens = 16;
+constexpr int kMaxGroups = kMaxSlots + kMaxTokens;
+
+struct Groups {
+  float weight[kMaxSlots];              // of each slot, as given
+  int key[kMaxSlots];                   // expert and repetition, -1 for a slot of weight zero
+  int starts[kMaxSlots];                // whether the slot is the first of its group
+  int matrix[kMaxGroups];               // expert; 0 for the shared one
+  int count[kMaxGroups];
+  uint8_t member[kMaxGroups][kColumns]; // slot r * slots + x; of the shared expert's groups token r
+  int routed, all;                      // routed groups come first
+};
+
+// All threads of the CTA. ids int32, weights fp32 [rows, slots], of `experts` experts; ids outside are clipped.
+DSV4_D void find_groups(Groups& g, const int* ids, const float* weights, int rows, int slots, int experts, bool shared, int columns) {
+  const int t = threadIdx.x, pairs = rows * slots;
+  int expert = -1;
+  if (t < pairs) {
+    g.weight[t] = weights[t];
+    expert = g.weight[t] != 0.0f ? min(max(ids[t], 0), experts - 1) : -1;
+    g.key[t] = expert;
+  }
+  for (int i = t; i < kMaxGroups; i += kTileThreads) g.count[i] = 0;
+  __syncthreads();
+  int repeats = 0;  // an expert that a token picked twice is another group for the second time
+  if (t < pairs) {
+    for (int q = t / slots * slots; q < t; ++q) repeats += g.key[q] == expert;
+  }
+  __syncthreads();
+  if (t < pairs && expert >= 0) g.key[t] = expert + repeats * experts;
+  __syncthreads();
+  int rank = 0, first = t;
+  if (t < pairs && expert >= 0) {
+    const int key = expert + repeats * experts;
+    for (int q = 0; q < t; ++q) {
+      if (g.key[q] != key) continue;
+      if (rank % columns == 0) first = q;
+      ++rank;
+    }
+    if (rank % columns == 0) first = t;
+  }
+  const bool starts = t < pairs && expert >= 0 && first == t;
+  if (t < pairs) g.starts[t] = starts;
+  const int routed = __syncthreads_count(starts);
+  if (t < pairs && expert >= 0) {
+    int group = 0;
+    for (int q = 0; q < first; ++q) group += g.starts[q];
+    g.member[group][rank % columns] = uint8_t(t);
+    atomicAdd(&g.count[group], 1);
+    if (starts) g.matrix[group] = expert;
+  }
+  const int of_shared = shared ? (rows + columns - 1) / columns : 0;
+  if (t < rows && shared) {
+    const int group = routed + t / columns;
+    g.member[group][t % columns] = uint8_t(t);
+    atomicAdd(&g.count[group], 1);
+    if (t % columns == 0) g.matrix[group] = 0;
+  }
+  if (t == 0) g.routed = routed, g.all = routed + of_shared;
+  __syncthreads();
+}
+
+}  // namespace dsv4
