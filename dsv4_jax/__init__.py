@@ -11,6 +11,7 @@
 from dsv4_jax.config import FLASH, PRO, TINY, ModelConfig
 from dsv4_jax.generate import Generated, generate
 from dsv4_jax.model import DecodeState, Model, decode_step, forward, init_state, prefill, random_model
+from dsv4_jax.pack import pack_for
 from dsv4_jax.precision import RECIPES, Recipe
 from dsv4_jax.sampling import Greedy, Sample
 from dsv4_jax.sharding import make_mesh

@@ -26,14 +26,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
 
     sub = what.add_parser("decode", help="time the token loop", description="Time the token loop of a model on this machine.")
-    sub.add_argument("--model", default="tiny", help="directory of a checkpoint, or 'tiny' (default: %(default)s)")
-    sub.add_argument("--recipe", default="bf16", help="precision recipe (default: %(default)s)")
+    sub.add_argument("--model", default="tiny", help="directory of a checkpoint, 'tiny', or 'flash' or 'pro' for random weights of those shapes (default: %(default)s)")
+    sub.add_argument("--recipe", help="precision recipe (default: bf16, for random weights official)")
     sub.add_argument("--mesh", help="devices to split the model over, e.g. tensor=8")
-    sub.add_argument("--batch", type=int, default=1, help="sequences (default: %(default)s)")
-    sub.add_argument("--context", type=int, default=256, help="prompt tokens before the loop (default: %(default)s)")
+    sub.add_argument("--batch", type=_sizes, default=[1], help="sequences; for random weights a list, e.g. 1,4,16 (default: 1)")
+    sub.add_argument("--context", type=_sizes, help="tokens before the loop (default: 256); for random weights a list (default: 1K,8K,128K,1M)")
     sub.add_argument("--tokens", type=int, default=256, help="tokens to time, per sequence (default: %(default)s)")
     sub.add_argument("--draft", type=int, default=0, metavar="K", help="speculative decoding with K drafted tokens")
+    sub.add_argument("--layers", type=int, help="random weights: only the first LAYERS layers")
+    sub.add_argument("--experts", type=int, help="random weights: only EXPERTS routed experts, so that they fit one device")
     sub.set_defaults(bench=_decode)
+
+    sub = what.add_parser(
+        "kernels", help="time the native ops one by one",
+        description="Time the native ops of this device at the shapes of real models, beside the roofline and XLA.",
+    )  # fmt: skip
+    add_case_arguments(sub)
+    sub.add_argument("--no-peers", action="store_true", help="leave out the times of XLA's own kernels")
+    sub.set_defaults(bench=_kernels)
 
     sub = what.add_parser("lower", help="trace and lower without weights", description="Trace and lower one decode step.")
     sub.add_argument("--model", default="flash", choices=("flash", "pro", "tiny"), help="configuration (default: %(default)s)")
@@ -45,11 +55,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.set_defaults(bench=_lower)
 
 
+def _sizes(text: str) -> list[int]:
+    """'1K,8K,1M' -> [1024, 8192, 1048576]."""
+    sizes = [re.fullmatch(r"(\d+)([KM]?)", part) for part in text.split(",")]
+    if not all(sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes like 1,4,16 or 1K,128K,1M")
+    return [int(m[1]) * {"": 1, "K": 2**10, "M": 2**20}[m[2]] for m in sizes]
+
+
+def add_case_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which cases of which backend: the arguments that `dsv4 bench kernels` and `dsv4 selftest` share."""
+    parser.add_argument("--model", default="flash,pro", help="shapes of which models (default: %(default)s)")
+    parser.add_argument("--only", metavar="REGEX", help="only the cases whose 'model/name' matches, e.g. 'linear' or 'flash/attention'")
+    parser.add_argument("--backend", help="native backend to run (default: that of this device)")
+
+
+def native_backend(name: str | None) -> str:
+    """The native backend to run cases on; ValueError where there is none."""
+    import ffi_kernels as ops
+
+    chosen = name or ops.current()
+    if chosen == "xla":
+        raise ValueError(f"{jax.devices()[0]} has no native kernels; choose --backend sim to interpret them (small cases only).")
+    with ops.backend(chosen):
+        return chosen
+
+
+def selftest(args) -> int:
+    """`dsv4 selftest`: every kernel of this device against the reference; exit code 1 if one is wrong."""
+    from ffi_kernels import bench as kernels
+
+    backend = native_backend(args.backend)
+    rows = []
+    for row in kernels.selftest(args.model, args.only, backend):
+        rows.append(row)
+        print(f"{row['model']:<6} {row['case']:<48} {row['bounds']:<9} {row['verdict']}", flush=True)
+    failed = sum(row["verdict"] != "ok" for row in rows)
+    print(f"{len(rows) - failed} of {len(rows)} cases agree with the reference on {backend}")
+    print(json.dumps({"device": jax.devices()[0].device_kind, "backend": backend, "failed": failed, "cases": rows}))
+    return 1 if failed else 0
+
+
+def _kernels(args) -> dict:
+    from ffi_kernels import bench as kernels
+
+    backend = native_backend(args.backend)
+    read, flops = kernels.roofline()
+    print(f"roofline measured now: read {read / 1e9:.0f} GB/s, bf16 {flops / 1e12:.0f} TFLOP/s")
+    columns = ("time_us", "bandwidth_gbs", "tflops", "roofline_percent", "xla_us", "peer_us")
+    print(f"{'case':<56}" + "".join(f"{c:>17}" for c in columns))
+    rows = []
+    for row in kernels.time_cases(args.model, args.only, backend, not args.no_peers):
+        rows.append(row)
+        figures = row.get("error") or "".join(f"{row[c]:17.1f}" if c in row else f"{'-':>17}" for c in columns)
+        print(f"{row['model'] + '/' + row['case']:<56}{figures}", flush=True)
+    return {"device": jax.devices()[0].device_kind, "backend": backend, "read_gbs": read / 1e9, "bf16_tflops": flops / 1e12, "cases": rows}
+
+
 def run(args) -> int:
     """Run the chosen benchmark; prints its table and its JSON line. Returns the exit code."""
     figures = args.bench(args)
-    width = max(map(len, figures))
-    for name, value in figures.items():
+    scalars = {name: value for name, value in figures.items() if not isinstance(value, list)}
+    width = max(map(len, scalars))
+    for name, value in scalars.items():
         print(f"{name:<{width}}  {value:.6g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
     print(json.dumps(figures))
     return 0
@@ -83,11 +151,17 @@ def _decode(args) -> dict:
     from dsv4_jax.generate import generate
     from dsv4_jax.model import _decode_step
 
-    if min(args.batch, args.context, args.tokens) < 1:
+    if args.model in _published():
+        return _random_step(args)
+    if args.layers or args.experts:
+        raise ValueError(f"--layers and --experts trim random weights; --model {args.model} is a checkpoint: leave them out.")
+    contexts = args.context or [256]
+    if len(args.batch) > 1 or len(contexts) > 1 or min(*args.batch, *contexts, args.tokens) < 1:
         raise ValueError(
-            f"batch = {args.batch}, context = {args.context} and tokens = {args.tokens} must all be at least 1."
+            f"batch = {args.batch}, context = {contexts} and tokens = {args.tokens} must each be one number of at least 1."
         )
-    model = dsv4_jax.load(args.model, recipe=args.recipe, mesh=parse_mesh(args.mesh))
+    args.batch, args.context = args.batch[0], contexts[0]
+    model = dsv4_jax.load(args.model, recipe=args.recipe or "bf16", mesh=parse_mesh(args.mesh))
     state = dsv4_jax.init_state(model, args.batch, 1024)
     began = time.perf_counter()
     lowered = _decode_step.lower(model, jnp.zeros((args.batch,), jnp.int32), state)
@@ -124,6 +198,17 @@ def _decode(args) -> dict:
         "state_bytes_per_token": cache.bytes_per_token(model.config, recipe),
         **{f"state_bytes_per_token_{n}": cache.bytes_per_token(c, recipe) for n, c in _published().items()},
     }  # fmt: skip
+
+
+def _random_step(args) -> dict:
+    from dsv4_jax import bench_step
+
+    if args.mesh or args.draft:
+        raise ValueError("random weights are timed on one device without drafts; leave out --mesh and --draft.")
+    contexts = args.context or [2**10, 2**13, 2**17, 2**20]
+    if min(*args.batch, *contexts) < 1:
+        raise ValueError(f"batch = {args.batch} and context = {contexts} must be at least 1.")
+    return bench_step.run(args.model, args.recipe or "official", args.layers, args.experts, contexts, args.batch)
 
 
 def _published() -> dict:

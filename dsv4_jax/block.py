@@ -9,7 +9,7 @@ import jax
 import ffi_kernels as ops
 from dsv4_jax.attention import attention
 from dsv4_jax.cache import Chunk, LayerCache
-from dsv4_jax.layers import norm
+from dsv4_jax.layers import input_format
 from dsv4_jax.moe import moe
 from dsv4_jax.sharding import Context
 
@@ -20,7 +20,7 @@ def block(ctx: Context, name: str, w: dict, cache: LayerCache, streams, tokens, 
     Blocks of one kind and shape are traced once, unless `ctx.record` asks for what is inside.
     """
     if ctx.record is None:
-        return _traced_once(ctx, w, cache, streams, tokens, chunk, ratio)
+        return _traced_once(ctx, w, cache, streams, tokens, chunk, ratio, ops.current())
     inner = Context(ctx.config, ctx.recipe, ctx.mesh, ctx.expert_sharding, {})
     result = _block(inner, w, cache, streams, tokens, chunk, ratio)
     ctx.record.update({f"{name}.{site}": value for site, value in inner.record.items()})
@@ -29,16 +29,20 @@ def block(ctx: Context, name: str, w: dict, cache: LayerCache, streams, tokens, 
 
 def _block(ctx: Context, w: dict, cache: LayerCache, streams, tokens, chunk: Chunk, ratio: int):
     ctx.save("streams", streams)
+    norm = _hyper_connection(ctx)
     with jax.named_scope("attention"):
-        x, post, comb = _hc_pre(ctx, streams, w["hc_attn"])
-        x = norm(ctx, x, w["attn_norm"])
+        hc, quantize = w["hc_attn"], input_format(w["attn"]["wq_a"])
+        x, quantized, post, comb = ops.hc_pre_norm(
+            streams, hc["fn"], hc["base"], hc["scale"], w["attn_norm"], quantize=quantize, **norm
+        )
         ctx.save("attn_in", x)
-        x, cache, pending = attention(ctx, w["attn"], cache, x, chunk, ratio)
+        x, cache, pending = attention(ctx, w["attn"], cache, x, quantized, chunk, ratio)
         ctx.save("attn", x)
-        streams = ops.hc_post(streams, x, post, comb)
     with jax.named_scope("experts"):
-        x, post, comb = _hc_pre(ctx, streams, w["hc_ffn"])
-        x = norm(ctx, x, w["ffn_norm"])
+        hc = w["hc_ffn"]
+        streams, x, _, post, comb = ops.hc_post_pre_norm(
+            streams, x, post, comb, hc["fn"], hc["base"], hc["scale"], w["ffn_norm"], quantize=None, **norm
+        )
         ctx.save("ffn_in", x)
         x = moe(ctx, w["ffn"], x, tokens)
         ctx.save("ffn", x)
@@ -46,12 +50,12 @@ def _block(ctx: Context, w: dict, cache: LayerCache, streams, tokens, chunk: Chu
     return streams, cache, pending
 
 
-def _hc_pre(ctx: Context, streams: jax.Array, hc: dict):
+def _hyper_connection(ctx: Context) -> dict:
     c = ctx.config
-    return ops.hc_pre(
-        streams, hc["fn"], hc["base"], hc["scale"],
-        iterations=c.hc_sinkhorn_iters, eps=c.hc_eps, norm_eps=c.rms_norm_eps,
-    )  # fmt: skip
+    return {"iterations": c.hc_sinkhorn_iters, "eps": c.hc_eps, "norm_eps": c.rms_norm_eps}
 
 
-_traced_once = functools.partial(jax.jit, static_argnums=(0, 6))(_block)
+@functools.partial(jax.jit, static_argnums=(0, 6, 7))
+def _traced_once(ctx: Context, w, cache, streams, tokens, chunk, ratio, backend):
+    with ops.backend(backend):
+        return _block(ctx, w, cache, streams, tokens, chunk, ratio)

@@ -167,32 +167,17 @@ def init(config: ModelConfig, recipe: Recipe, batch: int, max_len: int, mtp: boo
     return DecodeState(jnp.zeros((batch,), jnp.int32), layers, mtp_cache, hidden, max_len)
 
 
-def append(entries, values, index: jax.Array, valid: jax.Array):
-    """Write entries [B, n, ...] at int32 index [B, n] where valid; in place when the buffer is donated."""
-    rows = jnp.arange(index.shape[0])[:, None]
-
-    def write(buffer, value):
-        slot = jnp.where(valid, index, buffer.shape[1])
-        return buffer.at[rows, slot].set(value.astype(buffer.dtype), mode="drop")
-
-    return jax.tree.map(write, entries, values)
+_RINGS = ("window", "compressor", "index_compressor")
 
 
-def _commit_ring(ring, rows, chunk: Chunk):
-    """Write the rows of the accepted tokens at position % size; of several rounds only the last survives."""
-    size = jax.tree.leaves(ring)[0].shape[1]
-    last_round = chunk.valid & (chunk.positions >= chunk.end[:, None] - size)
-    return append(ring, rows, chunk.positions % size, last_round)
+def commit(caches: tuple[LayerCache, ...], pending: tuple[Pending, ...], chunk: Chunk) -> tuple[LayerCache, ...]:
+    """The caches of several blocks after accepting the first `chunk.length` tokens of the chunk that produced `pending`."""
 
+    def rings(parts, like):
+        return [{n: getattr(p, n) for n in _RINGS if getattr(c, n) is not None} for p, c in zip(parts, like, strict=True)]
 
-def commit(cache: LayerCache, pending: Pending, chunk: Chunk) -> LayerCache:
-    """The cache after accepting the first `chunk.length` tokens of the chunk that produced `pending`."""
-    ring = {
-        name: _commit_ring(getattr(cache, name), getattr(pending, name), chunk)
-        for name in ("window", "compressor", "index_compressor")
-        if getattr(cache, name) is not None
-    }
-    return dataclasses.replace(cache, **ring)
+    new = ops.commit_rows(rings(caches, caches), rings(pending, caches), chunk.start, chunk.length)
+    return tuple(dataclasses.replace(cache, **ring) for cache, ring in zip(caches, new, strict=True))
 
 
 def ring_positions(size: int, start: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The command `dsv4`: generate, chat, verify, bench. Arguments and printing only; the work is in the modules named so.
+"""The command `dsv4`: generate, chat, convert, verify, bench. Arguments and printing only; the work is in the modules named so.
 
 Bad input ends in one sentence on stderr and exit code 2.
 """
@@ -6,6 +6,7 @@ Bad input ends in one sentence on stderr and exit code 2.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -24,19 +25,22 @@ def _use_compile_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def parse_mesh(text: str | None):
-    """'tensor=8' or 'data=2,tensor=4' -> a mesh; None stays None."""
-    if text is None:
-        return None
-    from dsv4_jax.sharding import make_mesh
-
+def parse_mesh_sizes(text: str) -> dict[str, int]:
+    """'tensor=8' or 'data=2,tensor=4' -> axis -> size."""
     sizes = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
         if name not in ("data", "tensor") or not size.isdigit() or name in sizes:
             raise ValueError(f"mesh {text!r} is not understood; write for example tensor=8 or data=2,tensor=4.")
         sizes[name] = int(size)
-    return make_mesh(**sizes)
+    return sizes
+
+
+def parse_mesh(text: str | None):
+    """'tensor=8' or 'data=2,tensor=4' -> a mesh of this machine's devices; None stays None."""
+    from dsv4_jax.sharding import make_mesh
+
+    return None if text is None else make_mesh(**parse_mesh_sizes(text))
 
 
 def _load(args):
@@ -126,6 +130,23 @@ def _bench(args) -> int:
     return bench.run(args)
 
 
+def _inspect(args) -> int:
+    from rich.console import Console
+
+    from checkpoints import inspecting
+
+    found = inspecting.inspect(args.path, args.mesh and parse_mesh_sizes(args.mesh), args.expert_sharding)
+    if args.json:
+        print(json.dumps(found.to_json()))
+        return 0
+    # A pipe is no narrow terminal: nothing is cut there.
+    console = Console() if sys.stdout.isatty() else Console(width=400)
+    console.print(inspecting.tree(found), soft_wrap=not sys.stdout.isatty())
+    for notice in found.notices:
+        console.print(f"note: {notice}", highlight=False, markup=False)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `dsv4`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="dsv4", description="DeepSeek-V4 inference in JAX.")
@@ -156,6 +177,31 @@ def main(argv: list[str] | None = None) -> int:
     sub = commands.add_parser("bench", help="measure speed and sizes", description=bench.__doc__)
     bench.add_arguments(sub)
     sub.set_defaults(run=_bench)
+
+    sub = commands.add_parser(
+        "selftest", help="check every kernel of this device",
+        description="Run every native kernel of this device against the reference at the shapes of Flash and Pro.",
+    )  # fmt: skip
+    bench.add_case_arguments(sub)
+    sub.set_defaults(run=bench.selftest)
+
+    from checkpoints import convert_command
+
+    sub = commands.add_parser("convert", help="turn published safetensors into a checkpoint of this package")
+    convert_command.add_arguments(sub)
+    sub.set_defaults(run=convert_command.run)
+
+    sub = commands.add_parser(
+        "inspect", help="what a directory of weights holds",
+        description="Shapes, formats and bytes of a published checkpoint (official, ModelOpt, compressed-tensors, transformers) "
+        "or of one of ours, from headers alone.",
+        epilog="example: dsv4 inspect DeepSeek-V4-Flash --mesh tensor=8",
+    )  # fmt: skip
+    sub.add_argument("path", help="directory of a checkpoint, or 'tiny'")
+    sub.add_argument("--mesh", help="tell bytes per device of such a mesh, e.g. tensor=8; the devices need not be here")
+    sub.add_argument("--expert-sharding", default="width", choices=("width", "experts"), help="how experts are split (default: %(default)s)")
+    sub.add_argument("--json", action="store_true", help="print one JSON document")
+    sub.set_defaults(run=_inspect)
 
     args = parser.parse_args(argv)
     try:

@@ -1,49 +1,44 @@
-"""The compressor: blocks of 4 or 128 tokens become one entry each (paper section 2.3, facts section 2).
+"""The compressors of a block: 4 or 128 tokens become one entry each (paper section 2.3, facts section 2).
 
-One function serves the key-value entries and, at its own width, the indexer's keys.
+A CSA layer has two of one kind: of the key-value entries and, at its own width, of the indexer's keys.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 import ffi_kernels as ops
-from dsv4_jax.cache import Chunk, CompressorState
+from dsv4_jax.cache import Chunk, CompressorState, LayerCache, Pending
 from dsv4_jax.config import CSA
-from dsv4_jax.layers import norm, rope_angles
+from dsv4_jax.layers import rope_angles
 from dsv4_jax.sharding import Context
 
 
-def compress(ctx: Context, w: dict, state: CompressorState, x: jax.Array, chunk: Chunk, ratio: int):
-    """Emit the entries of the blocks that close in this chunk.
+def compress(ctx: Context, w: dict, cache: LayerCache, latent: tuple, products: list, chunk: Chunk, ratio: int, static: dict):
+    """Append the entries (and index keys) of the blocks that close in this chunk, beside `ops.attention_inputs`.
 
-    x [B, T, D]. Returns (entries [B, n, width], index int32 [B, n], closed bool [B, n], pending rows), where n is the
-    most blocks that T tokens can close; entries are normed and rotated, index is their place in the cache.
+    latent, static: the arguments of that op, which takes the same launch. products: (kv, score) fp32 [B, T, channels]
+    of each compressor. Returns (what attention_inputs returns, cache, Pending without window rows).
     """
-    wide = x.astype(jnp.float32)
-    tokens, rows = x.shape[1], state.kv.shape[1]
-    kv = ops.linear(wide, w["wkv"].astype(jnp.float32))
-    score = ops.linear(wide, w["wgate"].astype(jnp.float32)) + w["ape"][chunk.positions % ratio]
-    pending = CompressorState(kv, score)
-
-    blocks = (tokens - 1) // ratio + 1
+    jobs = [_job(w["compressor"], products[0], cache.compressor, cache.compressed)]
+    if ratio == CSA:
+        jobs.append(jax.lax.stop_gradient(_job(w["indexer"]["compressor"], products[1], cache.index_compressor, cache.index)))
+    blocks = (chunk.positions.shape[1] - 1) // ratio + 1
     index = chunk.start[:, None] // ratio + jnp.arange(blocks, dtype=jnp.int32)
-    span = 2 * ratio if ratio == CSA else ratio  # ratio 4 also pools the block before
-    positions = (index + 1)[..., None] * ratio - span + jnp.arange(span, dtype=jnp.int32)  # [B, n, span]
-    start = chunk.start[:, None, None]
-    place = jnp.where(positions < start, positions % rows, jnp.minimum(rows + positions - start, rows + tokens - 1))
+    cos, sin = rope_angles(ctx, ratio, index * ratio)
+    inputs, done = ops.attention_inputs_and_compress(latent, jobs, chunk.start, chunk.length, cos, sin, ratio=ratio, **static)
+    (entries, kv, score), *of_index = done
+    ctx.save("compressed", entries)
+    cache, pending = dataclasses.replace(cache, compressed=entries), Pending(None, CompressorState(kv, score))
+    if of_index:
+        keys, kv, score = of_index[0]
+        cache = dataclasses.replace(cache, index=keys)
+        pending = dataclasses.replace(pending, index_compressor=CompressorState(kv, score))
+    return inputs, cache, pending
 
-    def gather(old, new):
-        both = jnp.concatenate([old, new], axis=1)
-        picked = jnp.take_along_axis(both, place.reshape(place.shape[0], -1, 1), axis=1)
-        picked = picked.reshape(*place.shape, -1)
-        if ratio != CSA:
-            return picked
-        width = picked.shape[-1] // 2  # the block before contributes its first channels, this block its last
-        return jnp.concatenate([picked[:, :, :ratio, :width], picked[:, :, ratio:, width:]], axis=2)
 
-    scores = jnp.where(positions[..., None] >= 0, gather(state.score, score), -jnp.inf)
-    pooled = ops.round_to(ops.compress_pool(gather(state.kv, kv), scores), ctx.recipe.activation_dtype)
-    entries = ops.rope(norm(ctx, pooled, w["norm"]), *rope_angles(ctx, ratio, index * ratio))
-    return entries, index, (index + 1) * ratio <= chunk.end[:, None], pending
+def _job(w: dict, products, state: CompressorState, entries) -> ops.Compression:
+    return ops.Compression(*products, w["ape"], state.kv, state.score, w["norm"], entries)

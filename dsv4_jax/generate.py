@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import ffi_kernels as ops
 from dsv4_jax import cache as caches
 from dsv4_jax import params
 from dsv4_jax.cache import DECODE_TOKENS, Chunk, DecodeState
 from dsv4_jax.model import (
-    Model, accept, advance, advance_mtp, init_state, last_of, prefill, state_specs, trunk_logits,
+    Model, accept, advance, advance_mtp, init_state, last_of, on, prefill, state_specs, trunk_logits,
 )  # fmt: skip
 from dsv4_jax.mtp import mtp, mtp_logits
 from dsv4_jax.sampling import Greedy, Sample, Sampler, draft, draw, make_sampler, remember, verify
@@ -95,7 +96,7 @@ def _drafts(ctx: Context, weights, state: DecodeState, streams, seen, sampler: S
         if j + 1 < k:
             chunk = Chunk.make(state.position + j, jnp.ones_like(guess), 1)
             out, cache, rows = mtp(ctx, weights, cache, streams[:, None], guess[:, None], chunk)
-            cache = caches.commit(cache, rows, chunk)
+            (cache,) = caches.commit((cache,), (rows,), chunk)
             streams = out[:, 0]
     return jnp.stack(tokens, 1), jnp.stack(logits, 1)
 
@@ -162,27 +163,29 @@ def _sampler_specs(sampler: Sampler):
     return dataclasses.replace(replicated, seeds=BATCH)
 
 
-@functools.partial(jax.jit, static_argnums=(5,), donate_argnums=(2,))
-def _begin_jit(model: Model, logits, carry, sampler, stop_ids, k):
+@functools.partial(jax.jit, static_argnums=(5, 6), donate_argnums=(2,))
+def _begin_jit(model: Model, logits, carry, sampler, stop_ids, k, backend):
     ctx = model.context
     f = functools.partial(_begin, ctx, k=k)
-    if model.mesh is None:
-        return f(model.weights, logits, carry, sampler, stop_ids)
-    replicated = jax.sharding.PartitionSpec()
-    ins = (params.specs(ctx), BATCH, state_specs(carry), _sampler_specs(sampler), replicated)
-    return run_sharded(model.mesh, f, ins, BATCH)(model.weights, logits, carry, sampler, stop_ids)
+    ins = None
+    if model.mesh is not None:
+        replicated = jax.sharding.PartitionSpec()
+        ins = (params.specs(ctx, model.weights), BATCH, state_specs(carry), _sampler_specs(sampler), replicated)
+    with on(backend):
+        return run_sharded(model.mesh, f, ins, BATCH)(model.weights, logits, carry, sampler, stop_ids)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=(1,))
-def _loop_jit(model: Model, carry, sampler, stop_ids, k, steps):
+@functools.partial(jax.jit, static_argnums=(4, 5, 6), donate_argnums=(1,))
+def _loop_jit(model: Model, carry, sampler, stop_ids, k, steps, backend):
     ctx = model.context
     f = functools.partial(_loop, ctx, k=k, steps=steps)
-    if model.mesh is None:
-        return f(model.weights, carry, sampler, stop_ids)
-    replicated = jax.sharding.PartitionSpec()
-    ins = (params.specs(ctx), state_specs(carry), _sampler_specs(sampler), replicated)
-    outs = (state_specs(carry), BATCH, BATCH, replicated)
-    return run_sharded(model.mesh, f, ins, outs)(model.weights, carry, sampler, stop_ids)
+    ins = outs = None
+    if model.mesh is not None:
+        replicated = jax.sharding.PartitionSpec()
+        ins = (params.specs(ctx, model.weights), state_specs(carry), _sampler_specs(sampler), replicated)
+        outs = (state_specs(carry), BATCH, BATCH, replicated)
+    with on(backend):
+        return run_sharded(model.mesh, f, ins, outs)(model.weights, carry, sampler, stop_ids)
 
 
 def prefill_prompts(model: Model, prompts: Sequence[Sequence[int]], state: DecodeState):
@@ -258,10 +261,10 @@ def generate(
             "fewer tokens" + (", or raise max_len." if max_len is not None else ".")
         )
     make_sampler(sampler, len(ids))
-    return _generate(model, ids, as_text, max_new_tokens, sampler, draft_tokens, stop_ids, max_len, chunk)
+    return _generate(model, ids, as_text, max_new_tokens, sampler, draft_tokens, stop_ids, max_len, chunk, ops.current())
 
 
-def _generate(model, ids, as_text, max_new_tokens, sampler, k, stop_ids, max_len, chunk) -> Iterator[Generated]:
+def _generate(model, ids, as_text, max_new_tokens, sampler, k, stop_ids, max_len, chunk, backend) -> Iterator[Generated]:
     count = len(ids)
     group = 1 if model.mesh is None else model.mesh.shape[DATA]
     padded = ids + [ids[0]] * (-count % group)  # filler sequences that never run
@@ -275,7 +278,8 @@ def _generate(model, ids, as_text, max_new_tokens, sampler, k, stop_ids, max_len
     # -1 stands for "none": no token has that id, and XLA of jax 0.11 crashes on an empty array inside shard_map.
     stops = jnp.asarray([model.config.eos_token_id] if stop_ids is None else list(stop_ids) or [-1], jnp.int32)
 
-    logits, state = prefill_prompts(model, padded, init_state(model, batch, max_len, mtp=k > 0))
+    with on(backend):
+        logits, state = prefill_prompts(model, padded, init_state(model, batch, max_len, mtp=k > 0))
     seen = None
     if checked.penalizes:
         marks = np.zeros((batch, model.config.vocab_size), bool)
@@ -285,7 +289,7 @@ def _generate(model, ids, as_text, max_new_tokens, sampler, k, stop_ids, max_len
     active = jnp.arange(batch) < count
     left = jnp.full((batch,), max_new_tokens, jnp.int32)
     carry = _Carry(state, jnp.zeros((batch,), jnp.int32), active, jnp.zeros((batch,), bool), left, seen, None, None)
-    tokens, kept, carry = _begin_jit(model, logits, carry, checked, stops, k)
+    tokens, kept, carry = _begin_jit(model, logits, carry, checked, stops, k, backend)
 
     streams = None
     if as_text:
@@ -304,6 +308,6 @@ def _generate(model, ids, as_text, max_new_tokens, sampler, k, stop_ids, max_len
     tokens, kept = np.asarray(tokens), np.asarray(kept)
     yield hand_over([tokens[i, : kept[i].sum()].tolist() for i in range(count)], 1)
     while np.asarray(carry.active).any():
-        carry, out, lengths, steps = _loop_jit(model, carry, checked, stops, k, chunk)
+        carry, out, lengths, steps = _loop_jit(model, carry, checked, stops, k, chunk, backend)
         out, lengths = np.asarray(out), np.asarray(lengths)
         yield hand_over([out[i, : lengths[i]].tolist() for i in range(count)], int(steps))

@@ -20,7 +20,7 @@ from dsv4_jax import params
 from dsv4_jax.block import block
 from dsv4_jax.cache import Chunk, DecodeState, Pending
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.layers import embed, head, to_streams
+from dsv4_jax.layers import embed, head, kernels_for, to_streams
 from dsv4_jax.mtp import mtp
 from dsv4_jax.precision import Recipe
 from dsv4_jax.sharding import BATCH, DATA, Context, check_mesh, run_sharded
@@ -75,6 +75,11 @@ def advance(ctx: Context, weights: dict, state: DecodeState, tokens: jax.Array, 
 
     Returns (streams [B, T, M, D], state with new compressed entries, one Pending per layer).
     """
+    with kernels_for(*tokens.shape):
+        return _advance(ctx, weights, state, tokens, chunk)
+
+
+def _advance(ctx: Context, weights: dict, state: DecodeState, tokens: jax.Array, chunk: Chunk):
     alone = tokens.shape[1] == 1 and ops.current() == "xla"
     if alone:  # XLA drops axes of size one and then sums in another order; a token must not depend on its company
         tokens = jnp.pad(tokens, ((0, 0), (0, 1)))
@@ -92,8 +97,7 @@ def advance(ctx: Context, weights: dict, state: DecodeState, tokens: jax.Array, 
 
 def accept(state: DecodeState, pending: tuple[Pending, ...], chunk: Chunk) -> DecodeState:
     """Commit the first `chunk.length` tokens of the chunk that produced `pending`."""
-    layers = tuple(caches.commit(cache, rows, chunk) for cache, rows in zip(state.layers, pending, strict=True))
-    return dataclasses.replace(state, layers=layers, position=chunk.end)
+    return dataclasses.replace(state, layers=caches.commit(state.layers, pending, chunk), position=chunk.end)
 
 
 def last_of(x: jax.Array, chunk: Chunk) -> jax.Array:
@@ -114,7 +118,7 @@ def _within_capacity(state: DecodeState, logits: jax.Array) -> jax.Array:
 def advance_mtp(ctx: Context, weights: dict, state: DecodeState, streams: jax.Array, next_tokens, chunk: Chunk):
     """Run the MTP block over pairs (residual of token p, token p + 1) and commit them. Returns (streams, state)."""
     out, cache, rows = mtp(ctx, weights, state.mtp, streams, next_tokens, chunk)
-    return out, dataclasses.replace(state, mtp=caches.commit(cache, rows, chunk))
+    return out, dataclasses.replace(state, mtp=caches.commit((cache,), (rows,), chunk)[0])
 
 
 def local_prefill(ctx: Context, weights: dict, tokens: jax.Array, lengths: jax.Array, state: DecodeState):
@@ -135,6 +139,11 @@ def local_prefill(ctx: Context, weights: dict, tokens: jax.Array, lengths: jax.A
 def local_decode_step(ctx: Context, weights: dict, tokens: jax.Array, state: DecodeState):
     """See `decode_step`."""
     return local_prefill(ctx, weights, tokens[:, None], jnp.ones_like(tokens), state)
+
+
+def on(backend: str | None):
+    """Context in which a jitted function traces: its static argument `backend` keeps programs of two backends apart."""
+    return ops.backend(backend or ops.current())
 
 
 # --- public -----------------------------------------------------------------------------------------------------
@@ -191,12 +200,13 @@ def _init_state(config, recipe, mesh, batch, max_len, mtp):
     return jax.lax.with_sharding_constraint(state, NamedSharding(mesh, BATCH))
 
 
-@functools.partial(jax.jit, donate_argnums=(3,))
-def _prefill(model: Model, tokens, lengths, state):
+@functools.partial(jax.jit, donate_argnums=(3,), static_argnums=(4,))
+def _prefill(model: Model, tokens, lengths, state, backend: str | None = None):
     ctx = model.context
-    specs = (params.specs(ctx), BATCH, BATCH, state_specs(state)) if model.mesh else None
+    specs = (params.specs(ctx, model.weights), BATCH, BATCH, state_specs(state)) if model.mesh else None
     run = run_sharded(model.mesh, functools.partial(local_prefill, ctx), specs, specs and (BATCH, specs[3]))
-    return run(model.weights, tokens.astype(jnp.int32), lengths.astype(jnp.int32), state)
+    with on(backend):
+        return run(model.weights, tokens.astype(jnp.int32), lengths.astype(jnp.int32), state)
 
 
 def prefill(model: Model, tokens, lengths, state: DecodeState) -> tuple[jax.Array, DecodeState]:
@@ -224,15 +234,16 @@ def prefill(model: Model, tokens, lengths, state: DecodeState) -> tuple[jax.Arra
                 f"the prompt would reach {int(ends.max())} tokens, but the state holds max_len = {state.max_len}; "
                 "make it with a larger max_len or shorten the prompt."
             )
-    return _prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), state)
+    return _prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), state, ops.current())
 
 
-@functools.partial(jax.jit, donate_argnums=(2,))
-def _decode_step(model: Model, tokens, state):
+@functools.partial(jax.jit, donate_argnums=(2,), static_argnums=(3,))
+def _decode_step(model: Model, tokens, state, backend: str | None = None):
     ctx = model.context
-    specs = (params.specs(ctx), BATCH, state_specs(state)) if model.mesh else None
+    specs = (params.specs(ctx, model.weights), BATCH, state_specs(state)) if model.mesh else None
     run = run_sharded(model.mesh, functools.partial(local_decode_step, ctx), specs, specs and (BATCH, specs[2]))
-    return run(model.weights, tokens.astype(jnp.int32), state)
+    with on(backend):
+        return run(model.weights, tokens.astype(jnp.int32), state)
 
 
 def decode_step(model: Model, tokens, state: DecodeState) -> tuple[jax.Array, DecodeState]:
@@ -245,7 +256,7 @@ def decode_step(model: Model, tokens, state: DecodeState) -> tuple[jax.Array, De
             f"decode_step takes one token per sequence, int [{state.position.shape[0]}], got shape {np.shape(tokens)}."
         )
     _check_tokens(model.config, tokens)
-    return _decode_step(model, jnp.asarray(tokens), state)
+    return _decode_step(model, jnp.asarray(tokens), state, ops.current())
 
 
 def local_forward(ctx: Context, weights: dict, tokens: jax.Array):
@@ -257,12 +268,13 @@ def local_forward(ctx: Context, weights: dict, tokens: jax.Array):
     return trunk_logits(ctx, weights, streams), streams
 
 
-@jax.jit
-def _forward(model: Model, tokens):
+@functools.partial(jax.jit, static_argnums=(2,))
+def _forward(model: Model, tokens, backend: str | None = None):
     ctx = model.context
-    specs = (params.specs(ctx), BATCH) if model.mesh else None
+    specs = (params.specs(ctx, model.weights), BATCH) if model.mesh else None
     run = run_sharded(model.mesh, lambda w, t: local_forward(ctx, w, t)[0], specs, BATCH)
-    return run(model.weights, tokens.astype(jnp.int32))
+    with on(backend):
+        return run(model.weights, tokens.astype(jnp.int32))
 
 
 def forward(model: Model, tokens) -> jax.Array:
@@ -272,7 +284,7 @@ def forward(model: Model, tokens) -> jax.Array:
         raise ValueError(f"forward takes tokens [batch, tokens >= 1], got shape {shape}.")
     _check_batch(model, shape[0])
     _check_tokens(model.config, tokens)
-    return _forward(model, jnp.asarray(tokens))
+    return _forward(model, jnp.asarray(tokens), ops.current())
 
 
 def forward_recorded(model: Model, tokens) -> tuple[jax.Array, dict[str, jax.Array]]:

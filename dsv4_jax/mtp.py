@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ffi_kernels as ops
 from dsv4_jax.block import block
 from dsv4_jax.cache import Chunk, LayerCache
-from dsv4_jax.layers import embed, head, linear, norm
+from dsv4_jax.layers import embed, head, kernels_for, linear, norm
 from dsv4_jax.sharding import Context
 
 
@@ -19,10 +19,11 @@ def mtp(ctx: Context, weights: dict, cache: LayerCache, hidden: jax.Array, next_
     Returns (streams [B, T, M, D], cache, Pending); `mtp_logits` of the streams predicts the token after next.
     """
     w = weights["mtp"]
-    e = linear(ctx, norm(ctx, embed(ctx, weights["embed"], next_tokens), w["enorm"]), w["e_proj"])
-    h = linear(ctx, norm(ctx, hidden, w["hnorm"]), w["h_proj"])
-    x = ops.round_to(e[..., None, :].astype(jnp.float32) + h.astype(jnp.float32), ctx.recipe.activation_dtype)
-    return block(ctx, "mtp", w, cache, x, next_tokens, chunk, 0)
+    with kernels_for(*next_tokens.shape):
+        e = linear(ctx, norm(ctx, embed(ctx, weights["embed"], next_tokens), w["enorm"]), w["e_proj"])
+        h = linear(ctx, norm(ctx, hidden, w["hnorm"]), w["h_proj"])
+        x = ops.round_to(e[..., None, :].astype(jnp.float32) + h.astype(jnp.float32), ctx.recipe.activation_dtype)
+        return block(ctx, "mtp", w, cache, x, next_tokens, chunk, 0)
 
 
 def mtp_logits(ctx: Context, weights: dict, streams: jax.Array) -> jax.Array:

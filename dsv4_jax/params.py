@@ -19,6 +19,7 @@ import ffi_kernels as ops
 from dsv4_jax.config import CSA, ModelConfig
 from dsv4_jax.precision import Recipe
 from dsv4_jax.sharding import Context, axis_rules
+from ffi_kernels.tensor import LINEAR, layout_of
 
 Tree = Any
 
@@ -155,11 +156,12 @@ def convert(leaf, target: str):
     """A weight in another format; MXFP4 to NVFP4 keeps every number, other changes go through fp32."""
     if format_of(leaf) == target:
         return leaf
-    if target == "nvfp4" and isinstance(leaf, ops.MXFP4Tensor):
-        return ops.mxfp4_to_nvfp4(leaf)[0]
-    values = leaf if isinstance(leaf, (jax.Array, np.ndarray)) else ops.dequantize(leaf)
-    quantize = {"fp8": ops.quantize_fp8_weight, "mxfp4": ops.quantize_mxfp4, "nvfp4": ops.quantize_nvfp4_weight}
-    return quantize[target](jnp.asarray(values)) if target in quantize else jnp.asarray(values).astype(target)
+    with ops.backend("xla"):  # weights are converted once, in any size: that is not what the kernels of a step are for
+        if target == "nvfp4" and isinstance(leaf, ops.MXFP4Tensor):
+            return ops.mxfp4_to_nvfp4(leaf)[0]
+        values = leaf if isinstance(leaf, (jax.Array, np.ndarray)) else ops.dequantize(leaf)
+        quantize = {"fp8": ops.quantize_fp8_weight, "mxfp4": ops.quantize_mxfp4, "nvfp4": ops.quantize_nvfp4_weight}
+        return quantize[target](jnp.asarray(values)) if target in quantize else jnp.asarray(values).astype(target)
 
 
 def to_recipe(weights: Tree, config: ModelConfig, recipe: Recipe) -> Tree:
@@ -167,24 +169,25 @@ def to_recipe(weights: Tree, config: ModelConfig, recipe: Recipe) -> Tree:
     return map_params(lambda _, param, leaf: convert(leaf, storage(param, recipe)), config, weights)
 
 
+def initial(param: Param, recipe: Recipe, key: jax.Array, std: float = 0.02):
+    """One random weight in its format under `recipe`; a pure function of `key`."""
+    if param.init == "hash":
+        # Each token gets distinct experts: the first X of a random permutation.
+        order = jnp.argsort(jax.random.uniform(key, (param.shape[0], param.bound)), axis=-1)
+        return order[:, : param.shape[1]].astype(jnp.int32)
+    values = {
+        "normal": lambda: jax.random.normal(key, param.shape, jnp.float32) * std,
+        "ones": lambda: jnp.ones(param.shape, jnp.float32),
+        "zeros": lambda: jnp.zeros(param.shape, jnp.float32),
+    }[param.init]()
+    return convert(values, storage(param, recipe))
+
+
 def init(config: ModelConfig, recipe: Recipe, key: jax.Array, std: float = 0.02) -> Tree:
     """Random weights in the formats of `recipe`; a pure function of `key`."""
-
-    def one(name, param, index):
-        k = jax.random.fold_in(key, index)
-        if param.init == "hash":
-            # Each token gets distinct experts: the first X of a random permutation.
-            order = jnp.argsort(jax.random.uniform(k, (param.shape[0], param.bound)), axis=-1)
-            return order[:, : param.shape[1]].astype(jnp.int32)
-        values = {
-            "normal": lambda: jax.random.normal(k, param.shape, jnp.float32) * std,
-            "ones": lambda: jnp.ones(param.shape, jnp.float32),
-            "zeros": lambda: jnp.zeros(param.shape, jnp.float32),
-        }[param.init]()
-        return convert(values, storage(param, recipe))
-
     leaves, treedef = jax.tree.flatten(declare(config), is_leaf=_is_param)
-    return map_params(one, config, jax.tree.unflatten(treedef, list(range(len(leaves)))))
+    keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
+    return map_params(lambda _, param, k: initial(param, recipe, k, std), config, jax.tree.unflatten(treedef, keys))
 
 
 def abstract(config: ModelConfig, recipe: Recipe) -> Tree:
@@ -192,11 +195,13 @@ def abstract(config: ModelConfig, recipe: Recipe) -> Tree:
     return jax.eval_shape(lambda: init(config, recipe, jax.random.key(0)))
 
 
-def _spec(name: str, param: Param, leaf, rules, sizes: dict[str, int]):
-    """PartitionSpecs of one weight, in the structure of the leaf."""
+def spec(ctx: Context, name: str, param: Param, leaf):
+    """PartitionSpecs of one weight, in the structure of the leaf (None of a w3 that is packed into w1)."""
+    sizes, rules = {} if ctx.mesh is None else dict(ctx.mesh.shape), axis_rules(ctx.expert_sharding)
     axes = [rules.get(a) if sizes.get(rules.get(a), 1) > 1 else None for a in param.axes]
+    layout = layout_of(leaf)
     for i, axis in enumerate(axes):
-        if axis is None:
+        if axis is None or layout != LINEAR:  # a packed weight was split before it was packed, shard by shard
             continue
         # A shard must hold whole blocks of scales, or the same numbers would need another scale on each device.
         parts = [t.shape[i] for t in jax.tree.leaves(leaf) if len(t.shape) == len(param.shape)]
@@ -206,22 +211,19 @@ def _spec(name: str, param: Param, leaf, rules, sizes: dict[str, int]):
                 f"its data and scales have {parts} entries there; use a smaller {axis} axis or another recipe."
             )
     full = PartitionSpec(*axes)
-    if isinstance(leaf, ops.NVFP4Tensor):
-        return ops.NVFP4Tensor(full, full, PartitionSpec(*axes[:-2]))
+    if isinstance(leaf, ops.NVFP4Tensor):  # scale and global_scale may have axes of their own behind those of the weight
+        return ops.NVFP4Tensor(full, full, PartitionSpec(*axes[:-2]), layout)
     return jax.tree.map(lambda _: full, leaf)
 
 
-def specs(ctx: Context) -> Tree:
-    """PartitionSpec of every array of the weights, in their structure."""
-    sizes = {} if ctx.mesh is None else dict(ctx.mesh.shape)
-    rules = axis_rules(ctx.expert_sharding)
-    return map_params(
-        lambda name, param, leaf: _spec(name, param, leaf, rules, sizes), ctx.config, abstract(ctx.config, ctx.recipe)
-    )
+def specs(ctx: Context, weights: Tree | None = None) -> Tree:
+    """PartitionSpec of every array of the weights, in their structure; without weights, of the recipe's formats."""
+    weights = abstract(ctx.config, ctx.recipe) if weights is None else weights
+    return map_params(lambda name, param, leaf: spec(ctx, name, param, leaf), ctx.config, weights)
 
 
 def shardings(ctx: Context) -> Tree:
-    """NamedSharding of every array of the weights; needs a mesh."""
+    """NamedSharding of every array of the weights in the recipe's formats; needs a mesh."""
     return jax.tree.map(
         lambda s: NamedSharding(ctx.mesh, s), specs(ctx), is_leaf=lambda x: isinstance(x, PartitionSpec)
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("ffi_kernels", "dsv4_jax", "checkpoints")
-ABOVE_THE_CORE = {"cli.py", "bench.py", "verify.py"}  # of dsv4_jax: they may use checkpoints
+ABOVE_THE_CORE = {"cli.py", "bench.py", "bench_step.py", "verify.py"}  # of dsv4_jax: they may use checkpoints
 MAY_LOAD_LAZILY = {"__init__.py", "model.py"}  # of dsv4_jax: the entry points, inside functions only
 
 
