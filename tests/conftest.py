@@ -24,27 +24,12 @@ def pytest_runtest_setup(item):
         (pytest.fail if item.config.getoption("--require-gpu") else pytest.skip)(sentence)
 
 
-def _refusal(name):
-    from ffi_kernels import library
-
-    if (missing := library.why_not(name)) is not None:
-        return missing
-    if name in library.ARCHS and library.of_device() != name:
-        return f"backend {name!r} needs a device of that architecture, this process runs on {library.of_device() or 'none'}."
-    return None
-
-
 @pytest.fixture(params=["sim", pytest.param("sm_90a", marks=pytest.mark.gpu), pytest.param("sm_100a", marks=pytest.mark.gpu)])
 def backend(request):
     """Name of a native backend, forced for the whole test; `ops.backend('xla')` inside gives the reference."""
-    import ffi_kernels as ops
-    from ffi_kernels import library
+    import backends  # not at the top: jax must see XLA_FLAGS first
 
-    name = request.param
-    if (reason := _refusal(name)) is not None:
-        # one kind of GPU is enough: another architecture's absence is no failure under --require-gpu
-        other = name in library.ARCHS and library.of_device() not in (None, name)
-        strict = request.config.getoption("--require-gpu") and not other
-        (pytest.fail if strict else pytest.skip)(reason)
-    with ops.backend(name):
-        yield name
+    import ffi_kernels as ops
+
+    with ops.backend(backends.require(request, request.param)):
+        yield request.param

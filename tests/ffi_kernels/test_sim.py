@@ -4,23 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import sim_driver as sim
+from sim_driver import ints, launch, poisoned
 
 pytestmark = pytest.mark.skipif(bool(sim.missing()), reason=sim.missing() or "-")
 RNG = np.random.default_rng(1)
-
-
-def ints(n, low=-1000, high=1000):
-    a = RNG.integers(low, high, n).astype(np.int32)
-    a.flags.writeable = False
-    return a
-
-
-def poisoned(n, kind=np.int32):
-    return np.full(n, 0x7D, np.uint8).repeat(np.dtype(kind).itemsize).view(kind)
-
-
-def launch(kernel, args, module="warps", **how):
-    sim.run(sim.ptx(module), kernel, args, **how)
 
 
 # --- control flow and warps -----------------------------------------------------------------------------------------

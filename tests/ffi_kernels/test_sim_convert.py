@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import sim_driver as sim
+from sim_driver import assert_same
 
 pytestmark = pytest.mark.skipif(bool(sim.missing()), reason=sim.missing() or "-")
 RNG = np.random.default_rng(0)
@@ -36,14 +37,6 @@ def two(kernel, a, b, out, arch="sm_90a"):
     a, b, d = np.ascontiguousarray(a), np.ascontiguousarray(b), np.zeros(len(a), out)
     sim.run(sim.ptx("convert", arch), kernel, [a, b, d, len(a)], grid=2, block=256)
     return d
-
-
-def assert_same(got, want, inputs=None):
-    """Equal bits, except that any nan stands for any other."""
-    bits = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[want.dtype.itemsize]
-    same = (got.view(bits) == want.view(bits)) | (np.isnan(got.astype(np.float32)) & np.isnan(want.astype(np.float32)))
-    at = np.flatnonzero(~same)
-    assert not len(at), f"{len(at)} differ, first at {at[0]}: {got[at[0]]} wanted {want[at[0]]}" + ("" if inputs is None else f" of {inputs[at[0]]!r}")
 
 
 def test_widening():

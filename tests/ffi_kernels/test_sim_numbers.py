@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import sim_driver as sim
-from test_sim_convert import assert_same
+from sim_driver import assert_same
 
 pytestmark = pytest.mark.skipif(bool(sim.missing()), reason=sim.missing() or "-")
 RNG = np.random.default_rng(0)

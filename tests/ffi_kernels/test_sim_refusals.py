@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import sim_driver as sim
-from test_sim import ints, launch, poisoned
+from sim_driver import ints, launch, poisoned
 
 pytestmark = pytest.mark.skipif(bool(sim.missing()) or sim.ON_DEVICE, reason=sim.missing() or "a fault would end the process on a device")
 

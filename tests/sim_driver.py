@@ -16,10 +16,10 @@ import tempfile
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIM = ROOT / "ffi_kernels" / "sim"
 NATIVE = ROOT / "ffi_kernels" / "native"
-KERNELS = pathlib.Path(__file__).resolve().parent / "sim_kernels"
+KERNELS = ROOT / "tests" / "ffi_kernels" / "sim_kernels"
 ON_DEVICE = os.environ.get("DSV4_SIM_TESTS") == "device"  # see sim_device.py
 CACHE = pathlib.Path(tempfile.gettempdir()) / "dsv4_sim_tests"
 
@@ -152,3 +152,30 @@ def run(path, kernel: str, args=(), *, grid=1, block=32, cluster=1, shared_bytes
                                     listed, len(buffers) // 3, error, len(error))
     if failed:
         raise SimError(error.value.decode(errors="replace"))
+
+
+# --- for the tests' convenience -------------------------------------------------------------------------------------
+
+_RNG = np.random.default_rng(1)
+
+
+def ints(n, low=-1000, high=1000):
+    a = _RNG.integers(low, high, n).astype(np.int32)
+    a.flags.writeable = False
+    return a
+
+
+def poisoned(n, kind=np.int32):
+    return np.full(n, 0x7D, np.uint8).repeat(np.dtype(kind).itemsize).view(kind)
+
+
+def launch(kernel, args, module="warps", **how):
+    run(ptx(module), kernel, args, **how)
+
+
+def assert_same(got, want, inputs=None):
+    """Equal bits, except that any nan stands for any other."""
+    bits = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[want.dtype.itemsize]
+    same = (got.view(bits) == want.view(bits)) | (np.isnan(got.astype(np.float32)) & np.isnan(want.astype(np.float32)))
+    at = np.flatnonzero(~same)
+    assert not len(at), f"{len(at)} differ, first at {at[0]}: {got[at[0]]} wanted {want[at[0]]}" + ("" if inputs is None else f" of {inputs[at[0]]!r}")
