@@ -59,7 +59,11 @@ def random_weights(config: ModelConfig, recipe: Recipe):
 
 
 def random_state(config: ModelConfig, recipe: Recipe, batch: int, context: int, room: int) -> caches.DecodeState:
-    """A state in which `context` tokens are behind every sequence, its caches filled with random entries."""
+    """A state with `context` tokens behind every sequence and room for more, its caches filled with random entries.
+
+    At the end of the model's positions the room is taken from the context.
+    """
+    max_len = min(context + room, config.max_position_embeddings)
 
     def fill(path, leaf):
         key = jax.random.fold_in(jax.random.key(1), zlib.crc32(jax.tree_util.keystr(path).encode()))
@@ -75,12 +79,12 @@ def random_state(config: ModelConfig, recipe: Recipe, batch: int, context: int, 
 
     kinds = (ops.FP8KVCache, ops.MXFP4Tensor)
     with ops.backend("xla"):
-        state = caches.init(config, recipe, batch, context + room, mtp=False)
+        state = caches.init(config, recipe, batch, max_len, mtp=False)
         filled = [
             jax.jit(lambda c: jax.tree_util.tree_map_with_path(fill, c, is_leaf=lambda x: isinstance(x, kinds)))(layer)
             for layer in state.layers
         ]
-    return dataclasses.replace(state, layers=tuple(filled), position=jnp.full((batch,), context, jnp.int32))
+    return dataclasses.replace(state, layers=tuple(filled), position=jnp.full((batch,), max_len - room, jnp.int32))
 
 
 @functools.partial(jax.jit, donate_argnums=(2,))

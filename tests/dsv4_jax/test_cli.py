@@ -46,7 +46,7 @@ def test_generate_continues_the_prompt(capsys):
         (["generate", "x", "--mesh", "rows=2"], "write for example tensor=8"),
         (["generate", "x", "--max-new-tokens", "9000"], "max_position_embeddings = 8192"),
         (["generate", "x", "--top-p", "2", "--temperature", "1"], "top_p = 2.0 must be in"),
-        (["bench", "decode", "--batch", "0"], "must all be at least 1"),
+        (["bench", "decode", "--batch", "0"], "must each be one number of at least 1"),
         (["bench", "lower", "--model", "flash", "--mesh", "tensor=3"], "tensor=3 does not divide"),
     ],
 )
@@ -103,3 +103,37 @@ def test_notebook_api_in_the_readme_order():
     logits, state = dsv4.prefill(model, np.array([ids]), np.array([len(ids)]), dsv4.init_state(model, batch=1, max_len=64))
     logits, state = dsv4.decode_step(model, np.argmax(logits, -1), state)
     assert logits.shape == (1, model.config.vocab_size) and int(state.position[0]) == len(ids) + 1
+
+
+def test_bench_of_random_weights_refuses_what_does_not_fit(capsys):
+    assert main(["bench", "decode", "--model", "flash", "--layers", "99"]) == 2
+    assert "layers = 99 and experts = 256 must lie in 1..43 and 6..256" in capsys.readouterr().err
+    assert main(["bench", "decode", "--model", "flash", "--draft", "1"]) == 2
+    assert "without drafts" in capsys.readouterr().err
+    assert main(["bench", "decode", "--layers", "2"]) == 2
+    assert "--layers and --experts trim random weights" in capsys.readouterr().err
+
+
+def test_selftest_and_kernel_benchmarks_need_native_kernels(capsys, monkeypatch):
+    monkeypatch.delenv("DSV4_BACKEND", raising=False)
+    for command in (["selftest"], ["bench", "kernels"]):
+        if jax.default_backend() == "cpu":
+            assert main(command) == 2
+            assert "has no native kernels; choose --backend sim" in capsys.readouterr().err
+        assert main([*command, "--backend", "xla"]) == 2
+        assert main([*command, "--only", "("]) == 2
+        capsys.readouterr()
+
+
+def test_selftest_on_the_interpreter(capsys, monkeypatch):
+    """One small case of the real shapes through the command; the last line is its JSON."""
+    import json
+
+    from ffi_kernels import library
+
+    if (missing := library.why_not("sim")) is not None:
+        pytest.skip(missing)
+    assert main(["selftest", "--backend", "sim", "--model", "flash", "--only", "hash R=?1$"]) in (0, 2)
+    out = capsys.readouterr()
+    if out.out:
+        assert json.loads(out.out.strip().splitlines()[-1])["failed"] == 0
