@@ -18,7 +18,7 @@ import ffi_kernels as ops
 from dsv4_jax import cache as caches
 from dsv4_jax import params
 from dsv4_jax.block import block
-from dsv4_jax.cache import Chunk, DecodeState, Pending
+from dsv4_jax.cache import DECODE_TOKENS, Chunk, DecodeState, Pending
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.layers import embed, head, kernels_for, to_streams
 from dsv4_jax.mtp import mtp
@@ -80,18 +80,22 @@ def advance(ctx: Context, weights: dict, state: DecodeState, tokens: jax.Array, 
 
 
 def _advance(ctx: Context, weights: dict, state: DecodeState, tokens: jax.Array, chunk: Chunk):
-    alone = tokens.shape[1] == 1 and ops.current() == "xla"
-    if alone:  # XLA drops axes of size one and then sums in another order; a token must not depend on its company
-        tokens = jnp.pad(tokens, ((0, 0), (0, 1)))
-        chunk = Chunk.make(chunk.start, chunk.length, 2)
+    # XLA sums products of another shape in another order, and a token must not depend on its company: steps of all
+    # widths have one shape. Unpacking quantized weights makes that too slow; there only a lone token is not alone.
+    count = tokens.shape[1]
+    width = DECODE_TOKENS if ctx.recipe.linear == "plain" else 2
+    few = count < width and ops.current() == "xla"
+    if few:
+        tokens = jnp.pad(tokens, ((0, 0), (0, width - count)))
+        chunk = Chunk.make(chunk.start, chunk.length, width)
     streams = to_streams(ctx, embed(ctx, weights["embed"], tokens))
     layers, pending = [], []
     for i, (w, cache, ratio) in enumerate(zip(weights["layers"], state.layers, ctx.config.layer_ratios, strict=True)):
         streams, cache, rows = block(ctx, f"layers.{i}", w, cache, streams, tokens, chunk, ratio)
         layers.append(cache)
         pending.append(rows)
-    if alone:
-        streams, pending = jax.tree.map(lambda x: x[:, :1], (streams, pending))
+    if few:
+        streams, pending = jax.tree.map(lambda x: x[:, :count], (streams, pending))
     return streams, dataclasses.replace(state, layers=tuple(layers)), tuple(pending)
 
 
