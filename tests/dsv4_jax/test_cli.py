@@ -126,15 +126,12 @@ def test_selftest_and_kernel_benchmarks_need_native_kernels(capsys, monkeypatch)
         capsys.readouterr()
 
 
-def test_selftest_on_the_interpreter(capsys, monkeypatch):
-    """One small case of the real shapes through the command; the last line is its JSON."""
-    import json
-
+def test_selftest_on_the_interpreter(capsys):
+    """Small cases of the real shapes through the command; the last line is its JSON."""
     from ffi_kernels import library
 
     if (missing := library.why_not("sim")) is not None:
         pytest.skip(missing)
-    assert main(["selftest", "--backend", "sim", "--model", "flash", "--only", "hash R=?1$"]) in (0, 2)
-    out = capsys.readouterr()
-    if out.out:
-        assert json.loads(out.out.strip().splitlines()[-1])["failed"] == 0
+    code, out, _ = run(capsys, "selftest", "--backend", "sim", "--model", "flash", "--only", "rms_norm 1 rows|route_tokens hash R1$")
+    figures = json.loads(out.strip().splitlines()[-1])
+    assert (code, figures["failed"], len(figures["cases"])) == (0, 0, 2)
