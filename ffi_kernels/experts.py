@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ffi_kernels.dispatch import current, implementation
-from ffi_kernels.launch import MAX_SHARED_BYTES, launch, native
+from ffi_kernels.launch import MAX_ROWS, MAX_SHARED_BYTES, launch, native
 from ffi_kernels.tensor import MXFP4_BLOCK, NVFP4_BLOCK, NVFP4Tensor, Unquantized, require_layout
 
 tile = importlib.import_module("ffi_kernels.linear")  # the package has a function of that name
@@ -54,7 +54,7 @@ def _check(x, routed, shared, ids, weights, dtype) -> None:
 
 SLOTS = 128  # picks of all tokens of a launch
 TYPICAL_GROUPS = 7  # matrices of one token's step, for which the work is split; the order of the sums must not depend on the routing
-GROUPS_BYTES = 3 * 4 * SLOTS + (SLOTS + tile.ROWS) * (4 + 4 + tile.COLUMNS) + 8  # Groups of expert_groups.cuh
+GROUPS_BYTES = 3 * 4 * SLOTS + (SLOTS + MAX_ROWS) * (4 + 4 + tile.COLUMNS) + 8  # Groups of expert_groups.cuh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +187,9 @@ def _experts(x, routed, shared, ids, weights, limit, dtype, row_max):
             f"experts on {current()} cannot scale rows of NVFP4 that are split over devices; split whole experts "
             "(expert_sharding='experts'), use another recipe, or backend('xla')."
         )
-    if not 1 <= rows <= tile.ROWS or rows * slots > SLOTS:
+    if not 1 <= rows <= MAX_ROWS or rows * slots > SLOTS:
         raise ValueError(
-            f"experts on {current()} serves 1 to {tile.ROWS} tokens and {SLOTS} picks, not {rows} tokens with {slots} each; trace "
+            f"experts on {current()} serves 1 to {MAX_ROWS} tokens and {SLOTS} picks, not {rows} tokens with {slots} each; trace "
             "prompts under backend('xla')."
         )
     ids, weights = ids.astype(jnp.int32), weights.astype(jnp.float32)

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from ffi_kernels.dispatch import current, implementation
-from ffi_kernels.launch import launch, native
+from ffi_kernels.launch import MAX_ROWS, launch, native
 from ffi_kernels.quantize import CODE_FORMATS, check_quantize, code_shapes, collect_codes, suffix_of
 
 _STREAMS = 4  # that the kernels know
-_MAX_ROWS = 16  # of a decode step
 _CLUSTERS = 4  # of a launch at most, so that all of them run at once on any device
 _MAX_CLUSTER = 16  # CTAs
 _BLOCK = 128  # channels; a CTA owns 1, 2 or 4 blocks
@@ -119,9 +118,9 @@ def _require(op: str, streams, activations, fp32) -> int:
 
 def _geometry(op: str, rows: int, channels: int) -> tuple[int, int, int]:
     """(blocks per CTA, CTAs per cluster, rows per cluster)."""
-    if not 1 <= rows <= _MAX_ROWS:
+    if not 1 <= rows <= MAX_ROWS:
         raise ValueError(
-            f"{op} on {current()} serves decode steps of 1 to {_MAX_ROWS} rows (sequences times tokens), got {rows}; trace "
+            f"{op} on {current()} serves decode steps of 1 to {MAX_ROWS} rows (sequences times tokens), got {rows}; trace "
             "prompts under backend('xla')."
         )
     blocks = -(-channels // _BLOCK)

@@ -15,6 +15,7 @@ from ffi_kernels import library
 from ffi_kernels.dispatch import current, register
 
 MAX_PARAMS_BYTES = 32764  # of one launch, since CUDA 12.1 on sm_70 and later; a struct is padded to 8 bytes
+MAX_ROWS = 16  # B * T of a decode step, that the ops which mix channels take in one launch
 MAX_SHARED_BYTES = 232448  # dynamic shared memory of one CTA on sm_90 and sm_100
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ffi_kernels.dispatch import current, implementation
-from ffi_kernels.launch import MAX_SHARED_BYTES, launch, native
+from ffi_kernels.launch import MAX_ROWS, MAX_SHARED_BYTES, launch, native
 from ffi_kernels.tensor import (
     FP8_BLOCK, LINEAR, MXFP4_BLOCK, NVFP4_BLOCK, FP8Activation, FP8Tensor, MXFP4Tensor, NVFP4Tensor, Unquantized,
     require_layout,
@@ -89,7 +89,6 @@ def gathered_linear(x, w, ids: jax.Array) -> jax.Array:
 PRODUCTS = 8  # of one launch
 INPUTS = 4  # forms of inputs of one launch
 PARTS = 160  # of the tiles of one launch
-ROWS = 16  # tokens of a decode step
 WARPS, TILE_ROWS, COLUMNS = 16, 16, 8  # of a CTA; of a warp's tile; tokens of a product
 UNIT_BYTES = 256  # of a row of a weight, in a slot
 RING_BYTES = WARPS * 2 * TILE_ROWS * (UNIT_BYTES + 32)  # of a CTA: two slots for each warp, with scales
@@ -249,8 +248,8 @@ def _kernel(products: list[_Product]) -> str:
 
 def _launch(op: str, leading: tuple, inputs: list[Input], products: list[_Product]) -> list[jax.Array]:
     rows = math.prod(leading)
-    if not 1 <= rows <= ROWS:
-        raise ValueError(f"{op} on {current()} serves 1 to {ROWS} tokens, not {rows}; trace prompts under backend('xla').")
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f"{op} on {current()} serves 1 to {MAX_ROWS} tokens, not {rows}; trace prompts under backend('xla').")
     if len(inputs) > INPUTS:
         raise ValueError(f"{op} on {current()} takes {INPUTS} different inputs in one launch, not {len(inputs)}; call it twice.")
     columns, begins, offsets, shared = _plan(op, rows, inputs, products)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from ffi_kernels.dispatch import current, implementation
-from ffi_kernels.launch import launch, native
+from ffi_kernels.launch import MAX_ROWS, launch, native
 
-MAX_ROWS, MAX_EXPERTS, MAX_PICKED = 16, 512, 8
+MAX_EXPERTS, MAX_PICKED = 512, 8
 _ROWS = 4  # that share a read of the gate
 _MULTIPROCESSORS = 132  # a grid of so many CTAs reads the gate at the speed of the memory
 

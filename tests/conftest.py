@@ -1,5 +1,6 @@
 """The whole suite sees eight CPU devices; GPU tests run where there is one; torch keeps to one thread."""
 
+import gc
 import os
 
 import pytest
@@ -22,6 +23,16 @@ def pytest_runtest_setup(item):
     except RuntimeError as error:
         sentence = f"needs an NVIDIA GPU and jax with CUDA: {str(error).splitlines()[0]}"
         (pytest.fail if item.config.getoption("--require-gpu") else pytest.skip)(sentence)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_end_with_their_file():
+    """Every compiled program holds a few memory mappings, of which a process may have 65,530: XLA aborts beyond."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(params=["sim", pytest.param("sm_90a", marks=pytest.mark.gpu), pytest.param("sm_100a", marks=pytest.mark.gpu)])

@@ -13,11 +13,6 @@ struct Bulk {
   int64_t to = 0, from = 0, barrier = 0;
 };
 
-uint64_t where(Ctx& c, const Instr& in, int slot, bool wide, int64_t offset, int lane) {
-  const uint64_t a = address(c, in, slot, wide, lane) + static_cast<uint64_t>(offset);
-  return wide ? a : static_cast<uint32_t>(a);
-}
-
 void combine(const Bulk& k, uint8_t* to, const uint8_t* from, uint64_t size) {
   if (!k.reduce) { std::memcpy(to, from, size); return; }
   const auto n = static_cast<size_t>(bits_of(k.type)) / 8;

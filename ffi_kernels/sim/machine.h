@@ -232,5 +232,10 @@ inline void put_pred(Ctx& c, const Instr& in, int i, uint32_t value) {
 inline uint64_t address(Ctx& c, const Instr& in, int i, bool wide, int lane) {
   return wide ? src<uint64_t>(c, in, i)[lane] : src<uint32_t>(c, in, i)[lane];
 }
+// The same with an offset; 32-bit addresses wrap.
+inline uint64_t where(Ctx& c, const Instr& in, int i, bool wide, int64_t offset, int lane) {
+  const uint64_t a = address(c, in, i, wide, lane) + static_cast<uint64_t>(offset);
+  return wide ? a : static_cast<uint32_t>(a);
+}
 
 }  // namespace dsv4::sim

@@ -57,10 +57,7 @@ void mbarrier_tx(Machine& m, Mbarrier& b, int64_t bytes) {
 }
 
 namespace {
-uint64_t where(Ctx& c, const Instr& in, int slot, int lane) {
-  const uint64_t a = address(c, in, slot, in.c & 1, lane) + static_cast<uint64_t>(in.imm);
-  return in.c & 1 ? a : static_cast<uint32_t>(a);
-}
+uint64_t barrier_at(Ctx& c, const Instr& in, int slot, int lane) { return where(c, in, slot, in.c & 1, in.imm, lane); }
 template <class F> Step each(Ctx& c, F f) {
   for (int l = 0; l < 32; ++l) if (c.mask >> l & 1) f(l);
   return Step::next;
@@ -69,7 +66,7 @@ template <class F> Step each(Ctx& c, F f) {
 Step init(Ctx& c, const Instr& in) {
   const uint32_t* count = src<uint32_t>(c, in, 0);
   return each(c, [&](int l) {
-    const uint32_t at = shared_offset(where(c, in, 1, l));
+    const uint32_t at = shared_offset(barrier_at(c, in, 1, l));
     uint8_t* p = shared_at(c, at, 8, 8, Access::write, Space::shared);
     if (count[l] < 1 || count[l] > kMost) fail("an mbarrier for %u arrivals; the count must lie in 1..%u", count[l], kMost);
     const uint32_t key = at & 0xFFFFFF;
@@ -87,7 +84,7 @@ Step init(Ctx& c, const Instr& in) {
 }
 Step inval(Ctx& c, const Instr& in) {
   return each(c, [&](int l) {
-    const uint64_t a = where(c, in, 0, l);
+    const uint64_t a = barrier_at(c, in, 0, l);
     mbarrier_at(c, a, Space::shared);
     const uint32_t key = shared_offset(a) & 0xFFFFFF;
     c.cta->mbarriers.erase(key);
@@ -98,7 +95,7 @@ Step inval(Ctx& c, const Instr& in) {
 Step arrive(Ctx& c, const Instr& in) {
   const bool operand = in.a & 5;
   return each(c, [&](int l) {
-    Mbarrier& b = mbarrier_at(c, where(c, in, operand ? 2 : 1, l), static_cast<Space>(in.b));
+    Mbarrier& b = mbarrier_at(c, barrier_at(c, in, operand ? 2 : 1, l), static_cast<Space>(in.b));
     const uint32_t v = operand ? src<uint32_t>(c, in, 1)[l] : 1;
     if (in.a & 1) {
       if (v > kMost) fail("expects %u bytes; the limit is %u", v, kMost);
@@ -118,7 +115,7 @@ Step arrive(Ctx& c, const Instr& in) {
 Step tx(Ctx& c, const Instr& in) {  // in.a: 1 complete
   return each(c, [&](int l) {
     const int64_t n = src<uint32_t>(c, in, 0)[l];
-    mbarrier_tx(*c.machine, mbarrier_at(c, where(c, in, 1, l), static_cast<Space>(in.b)), in.a ? -n : n);
+    mbarrier_tx(*c.machine, mbarrier_at(c, barrier_at(c, in, 1, l), static_cast<Space>(in.b)), in.a ? -n : n);
   });
 }
 // Slots: p, state or parity, address, [hint]. in.a: bit 0 parity, bit 1 may block, bit 2 relaxed
@@ -126,7 +123,7 @@ Step wait(Ctx& c, const Instr& in) {
   uint32_t done = 0;
   for (int l = 0; l < 32; ++l) {
     if (!(c.mask >> l & 1)) continue;
-    Mbarrier& b = mbarrier_at(c, where(c, in, 2, l), Space::shared);
+    Mbarrier& b = mbarrier_at(c, barrier_at(c, in, 2, l), Space::shared);
     bool complete;
     if (in.a & 1) {
       const uint32_t parity = src<uint32_t>(c, in, 1)[l];

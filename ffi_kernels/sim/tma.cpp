@@ -15,11 +15,6 @@ struct Tensor {
   int64_t map = 0, shared = 0, barrier = 0;
 };
 
-uint64_t where(Ctx& c, const Instr& in, int slot, bool wide, int64_t offset, int lane) {
-  const uint64_t a = address(c, in, slot, wide, lane) + static_cast<uint64_t>(offset);
-  return wide ? a : static_cast<uint32_t>(a);
-}
-
 TensorMap read_map(Ctx& c, uint64_t at, int rank, int lane) {
   if (at % 64) fail("the tensor map at 0x%llx is not aligned to 64 bytes", (unsigned long long)at);
   TensorMap m;
