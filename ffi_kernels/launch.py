@@ -18,7 +18,7 @@ import numpy as np
 from ffi_kernels import library
 from ffi_kernels.dispatch import current, register
 
-MAX_PARAMS_BYTES = 32764  # of one launch, since CUDA 12.1 on sm_70 and later; a struct is padded to 8 bytes, with tensor maps to 128
+MAX_PARAMS_BYTES = 32764  # of one launch, since CUDA 12.1 on sm_70 and later
 MAX_ROWS = 16  # B * T of a decode step, that the ops which mix channels take in one launch
 MAX_SHARED_BYTES = 232448  # dynamic shared memory of one CTA on sm_90 and sm_100
 
@@ -114,7 +114,8 @@ def launch(
             result_of[i] = len(shapes)
             shapes.append(shape)
         slots.append(len(arguments) + result_of[i] if shape is not None else -1)
-    if 128 * len(tensor_maps) + 8 * len(slots) + len(packed) > (MAX_PARAMS_BYTES // 128 * 128 if tensor_maps else MAX_PARAMS_BYTES):
+    align = 128 if tensor_maps else 8  # of the params struct
+    if -(-(128 * len(tensor_maps) + 8 * len(slots) + len(packed)) // align) * align > MAX_PARAMS_BYTES:
         raise ValueError(
             f"{op} on {backend} has {len(tensor_maps)} tensor maps, {len(slots)} pointers and {len(packed)} bytes of scalars, more than "
             f"{MAX_PARAMS_BYTES} bytes."

@@ -28,7 +28,8 @@ def nvfp4_matmul(x: NVFP4Tensor, w: NVFP4Tensor, dtype=jnp.bfloat16) -> jax.Arra
 
     Products of dequantized blocks are exact and accumulated in fp32; the sum times x's global scale (float32, one or [M, 1]) and
     then times w's (one) is rounded once to dtype, float32 or bfloat16. TypeError for other formats; ValueError for other layouts,
-    shapes or dtypes, K that is not a multiple of 32 or N that is not one of 8 (rows of 16 bytes, which TMA copies).
+    shapes or dtypes, K that is not a multiple of 32 or N that is not one of 8 (rows of 16 bytes, which TMA copies);
+    NotImplementedError on sm_90a, whose tensor cores know no FP4.
     """
     for name, t in (("x", x), ("w", w)):
         if not isinstance(t, NVFP4Tensor):

@@ -2,7 +2,8 @@
 // (shared_address, and peer_address for another CTA of the cluster: numerics.h).
 //
 // A barrier is waited for by the parity of a phase: the first phase has parity 0, and before its end a wait for parity 1
-// returns at once. Not here: the barriers of exchange.cuh, which serve once per launch.
+// returns at once. Also here: the cursor of a ring that barriers guard, and the choice of the one lane that issues asynchronous
+// work. Not here: the barriers of exchange.cuh, which serve once per launch.
 #pragma once
 
 #include "numerics.h"
@@ -47,7 +48,7 @@ struct RingCursor {
   }
 };
 
-// True in one lane of the warp, the same one every time.
+// True in one lane of the warp, which all of its lanes must ask for together. Ask once: what a thread issues, it must commit.
 DSV4_D bool elect_lane() {
   uint32_t elected;
   asm volatile("{\n .reg .pred p;\n elect.sync _|p, 0xFFFFFFFF;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(elected));

@@ -79,8 +79,8 @@ DSV4_D void copy_scales(uint32_t to, uint64_t from) {
 #undef INSTRUCTION
 }
 
-// sum[rows x columns] (+)= a[rows x 64] b[columns x 64]^T with a scale for each row and 16 of K. One thread issues it; copies of
-// scales and products run in the order in which they were issued.
+// sum[rows x columns] (+)= a[rows x 64] b[columns x 64]^T with a scale for each row and 16 of K. One thread issues it, after the
+// copies of its scales: a product waits for the copies and for products into the same sums that its thread issued before.
 template <int group>
 DSV4_D void multiply_nvfp4(uint32_t sum, uint64_t a, uint64_t b, uint32_t instruction, uint32_t scales_a, uint32_t scales_b, bool add) {
 #define INSTRUCTION(g)                                                                                   \
