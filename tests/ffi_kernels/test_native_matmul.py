@@ -20,7 +20,7 @@ from ffi_kernels import bench, layout, library, matmul
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 # M, N, K: with the 4 CTAs that the interpreter has, the first two take single CTAs, the others pairs
-SINGLE = [(100, 72, 96), (300, 1032, 1312)]  # less than a tile and a stage; 27 tiles, 5.1 stages
+SINGLE = [(100, 72, 96), (300, 648, 1312)]  # less than a tile and a stage; 18 tiles, 5.1 stages
 PAIRS = [(130, 8, 32), (200, 136, 1600), (512, 392, 320)]  # the least; 6.3 stages; 8 tiles for 2 pairs
 
 
@@ -76,7 +76,7 @@ def test_exact_sums(backend, shape, dtype, row_scales):
     assert_bits(native(*operands(shape, row_scales), dtype), wanted(shape, dtype, row_scales))
 
 
-@pytest.mark.parametrize("shape, dtype", [((300, 648, 1312), F32), ((130, 264, 1600), BF16)], ids=str)
+@pytest.mark.parametrize("shape, dtype", [((300, 648, 800), F32), ((130, 264, 1600), BF16)], ids=str)
 def test_every_schedule(backend, shape, dtype, monkeypatch):
     """Asynchronous work at once, as late as can be, and at random: the same bits, and no hazard in any."""
     if backend != "sim":
