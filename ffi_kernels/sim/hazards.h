@@ -76,10 +76,13 @@ class Watch {
   void job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, uint64_t bytes, bool write, bool async_proxy);
   void finish(const JobEntity& job) { free_.push_back(job.entity); }
   void acquire(Warp& w, const JobEntity& job);
+  void release_observed(Warp& w, Order& into);  // what the warp knows to be over of asynchronous operations, which come before its own
+  void fence_job(Warp& w, const JobEntity& job);  // relaxed arrivals tell of the job too, as far as the warp knows it to be over
   static void release_job(Order& into, const JobEntity& job) { into.seen.raise(job.entity, job.clock); into.proxy.raise(job.entity, job.clock); }
   // Synchronisation of warps.
   void release(Warp& w, Order& into);
   void release_relaxed(Warp& w, Order& into);  // only what an earlier fence has ordered
+  void remote_arrival(Ctx& c, Cta& cta, Order& into);  // on an mbarrier of another CTA, which must not end before
   void init_fence(Warp& w);
   void acquire(Warp& w, const Order& from);
   void fence(Warp& w);
@@ -102,6 +105,7 @@ class Watch {
   [[noreturn]] void hazard(Ctx& c, const Cta& cta, uint32_t offset, uint32_t bytes, const char* what, const Mark& before, const char* did, const char* why);
   std::string name(uint32_t entity) const;
   Cell& cell(const Cta& cta, uint32_t word);
+  void reach(Ctx& c, const Cta& cta, uint32_t entity, uint32_t clock, const char* what);  // another CTA's shared memory
   uint32_t warps_;
   uint32_t words_;
   std::vector<Thread> threads_;

@@ -192,6 +192,7 @@ template <class Sum> void multiply(Ctx& c, const Product& p, Cta& cta, Cta* othe
 Step mma(Ctx& c, const Instr& in) {
   const Mma& x = *static_cast<const Mma*>(in.extra);
   note(c, in);
+  same_group(c, x.group);
   for (int l = 0; l < 32; ++l) {
     if (!(c.mask >> l & 1)) continue;
     Product p = read(x, src<uint32_t>(c, in, 3)[l]);
@@ -242,6 +243,7 @@ struct Copy { int rows, bytes, group, replicas; };
 Step copy(Ctx& c, const Instr& in) {  // slots: tensor address, descriptor
   const Copy k = *static_cast<const Copy*>(in.extra);
   note(c, in);
+  same_group(c, k.group);
   for (int l = 0; l < 32; ++l) {
     if (!(c.mask >> l & 1)) continue;
     const uint32_t to = src<uint32_t>(c, in, 0)[l] + static_cast<uint32_t>(in.imm);

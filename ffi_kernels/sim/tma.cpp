@@ -109,6 +109,9 @@ Step copy(Ctx& c, const Instr& in) {
     std::vector<Target> targets;
     const Space target = k.cluster_target ? Space::cluster : Space::shared;
     const auto one = [&](uint32_t at, uint32_t signal) {
+      if (const uint32_t to = at >> 24, of = signal >> 24; to != of && (!in.b || to != (of ^ 1))) {
+        fail("a tensor copy to CTA %u signals an mbarrier of CTA %u; %s", to, of, in.b ? "with .cta_group::2 it may be one of the pair's other CTA" : "it must be of the same CTA, or with .cta_group::2 of its pair");
+      }
       Mbarrier& b = mbarrier_at(c, signal, target);
       uint8_t* p = base(at, Access::write);
       if (watch) {
