@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ffi_kernels import dispatch
-from ffi_kernels.layout import TCGEN05, tile_scales, untile_scales
+from ffi_kernels.layout import TCGEN05, TILE_BLOCKS, TILE_ROWS, tile_scales, untile_scales
 from ffi_kernels.tensor import LINEAR, NVFP4_BLOCK, NVFP4Tensor, require_layout
 
 ARCH = "sm_100a"
@@ -68,9 +68,25 @@ def check(op: str, x: NVFP4Tensor, w: NVFP4Tensor, dtype) -> tuple[int, int, int
             f"{op} takes one global scale of x or [M, 1] = [{rows}, 1] of them, and one of w, "
             f"got {x.global_scale.shape} and {w.global_scale.shape}."
         )
+    for name, tensor in (("x", x), ("w", w)):  # kernels that are handed addresses read what the shapes promise
+        shape, dtype_of_scales = scales_of(tensor)
+        dtypes = [jnp.dtype(a.dtype).name for a in (tensor.data, tensor.scale, tensor.global_scale)]
+        if tensor.scale.shape != shape or dtypes != ["uint8", dtype_of_scales, "float32"]:
+            raise ValueError(
+                f"{op} takes {name} in layout {tensor.layout!r} as uint8 data, {dtype_of_scales} scales {shape} and float32 global scales, "
+                f"got {dtypes[0]}, {dtypes[1]} {tensor.scale.shape} and {dtypes[2]}; quantize it, and pack what one device holds."
+            )
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"{op} returns float32 or bfloat16, not {jnp.dtype(dtype).name}.")
     return rows, columns, k
+
+
+def scales_of(tensor: NVFP4Tensor) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of the block scales that a tensor [rows, K] has in its layout."""
+    rows, k = tensor.shape
+    if tensor.layout == TCGEN05:
+        return (-(-rows // TILE_ROWS), -(-k // (TILE_BLOCKS * NVFP4_BLOCK)), TILE_ROWS * TILE_BLOCKS), "uint8"
+    return (rows, k // NVFP4_BLOCK), "float8_e4m3fn"
 
 
 def tiled_scales(tensor: NVFP4Tensor) -> jax.Array:

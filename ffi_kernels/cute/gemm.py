@@ -11,8 +11,8 @@ may be nearly empty.
 | 512, 1024 x 4096 | 128 | half as many tiles fill the pairs as well |
 | 8192 x 4096, 512 x 129280 | 192 | many waves: fewer loads for the same products |
 
-`tile_columns` decides, by an estimate that no device has confirmed. Clusters are one pair: multicast over larger ones is
-a gain that only a device can show, and larger clusters do not fit evenly on 148 multiprocessors.
+`tile_columns` decides, by an estimate that no device has confirmed. Clusters are one pair: what multicast over larger ones gains, and
+what they lose where they do not fill a device, only a device can show.
 """
 
 from __future__ import annotations

@@ -174,6 +174,11 @@ def test_operands_outside_the_contract_are_refused(b200, function):
         function(x, w, jnp.float16)
     with pytest.raises(ValueError, match="layout 'tcgen05_gate_up'"):
         function(x, layout.pack_gate_up(w, w))
+    tiles = layout.tile_scales(w.scale)
+    wrong = [(w.scale[:31], "linear", r"\(32, 4\)"), (tiles[:, :0], layout.TCGEN05, r"\(1, 1, 512\)"), (tiles, "linear", r"\(32, 4\)")]
+    for scale, name, shape in wrong:
+        with pytest.raises(ValueError, match=rf"takes w in layout '{name}' as uint8 data, .* scales {shape} and float32 .*, got uint8"):
+            function(x, ops.NVFP4Tensor(w.data, scale, w.global_scale, name))
 
 
 # --- on a B200: every implementation against the dequantized product ------------------------------------------------
