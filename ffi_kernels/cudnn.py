@@ -3,7 +3,8 @@
 JAX lowers it for CUDA to the custom call `__op$block_scaled_dot`, with elements as float4_e2m1fn and scales linear. What becomes of
 that is decided when XLA compiles: for compute capability 10 with cuDNN 9.10 or newer the custom call `__cudnn$blockScaledDot`, before
 which XLA brings the scales into the same 128 x 4 tiles as `layout.py`, rows padded to 128; for any other device or version, without a
-word, dequantization and an ordinary dot. So `why_not` asks the compiler (seen with jaxlib 0.10.2: `tests/ffi_kernels/test_cudnn.py`).
+word, dequantization and an ordinary dot. So `why_not` asks the compiler. `tests/ffi_kernels/test_cudnn.py` saw all that with the CUDA
+compilers of jax 0.10.2 and 0.11.2, without a device.
 """
 
 from __future__ import annotations

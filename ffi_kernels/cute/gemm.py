@@ -26,7 +26,7 @@ from ffi_kernels import vendor
 from ffi_kernels.tensor import NVFP4Tensor
 
 OP = "cute.nvfp4_matmul"
-PACKAGES = ("nvidia-cutlass-dsl", "nvidia-cutlass-operators")
+PACKAGES = ("nvidia-cutlass-dsl", "nvidia-cutlass-operators", "torch")  # the operators import torch, of which nothing is used
 ROWS, COLUMNS = 256, (64, 128, 192)  # of a tile
 CLUSTER = (2, 1)  # CTAs along M and N: the pair
 PAIRS = 148 // 2  # of a B200; asking the device would need a driver where there is none
@@ -44,7 +44,7 @@ def why_not() -> str | None:
         except importlib.metadata.PackageNotFoundError:
             missing.append(package)
     if missing:
-        return f"{OP} needs {' and '.join(missing)}, not installed here; pip install 'dsv4-jax[blackwell]', or use nvfp4_matmul."
+        return f"{OP} needs {', '.join(missing)}, not installed here; pip install 'dsv4-jax[blackwell]', or use nvfp4_matmul."
     return None
 
 

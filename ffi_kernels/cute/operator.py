@@ -4,7 +4,7 @@ The operator is nvidia-cutlass-operators' PersistentDenseBlockScaledGemmOperator
 scales, for sm_100. A persistent grid of clusters works through the tiles of the result; in each CTA one warp loads elements and
 scales by TMA into a ring of shared memory, one issues tcgen05.mma on tensor memory, four convert the accumulators and store them by
 TMA. The package lists 36 tiles and clusters of it for NVFP4; `gemm.py` picks among these. What is called is the operator's kernel
-class, because the operator's own interface launches from Python.
+class, because the operator's own interface launches from Python. Importing it imports torch, by its package's doing.
 
 Its epilogue is a function of elements that are already rounded to the type of the result, and sees no array, so global scales cannot be
 given to it: `gemm.nvfp4_matmul` takes fp32 results and applies them outside. Compiled with the DSL's default optimization, as its
