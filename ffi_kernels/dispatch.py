@@ -45,6 +45,19 @@ def backends() -> tuple[str, ...]:
     return tuple(name for name in _OPS if name == "xla" or library.why_not(name) is None)
 
 
+def _forced_name() -> str | None:
+    return _forced.get() or os.environ.get("DSV4_BACKEND") or None
+
+
+def arch() -> str | None:
+    """The GPU architecture that an op traced now is for: the forced backend's, else the default device's; None for others.
+
+    Unlike `current` it does not ask whether this build has kernels for it: what needs none of them asks here.
+    """
+    name = _forced_name()
+    return name if name in library.ARCHS else library.of_device()
+
+
 def _of_device() -> str:
     name = library.of_device()
     if name is None:
@@ -57,7 +70,7 @@ def _of_device() -> str:
 
 def current() -> str:
     """The backend that an op traced now would use. ValueError for an unknown one, NotImplementedError for one not built."""
-    name = _forced.get() or os.environ.get("DSV4_BACKEND")
+    name = _forced_name()
     if not name:
         return _of_device()
     if name not in _OPS:
