@@ -4,10 +4,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import sim_driver as sim
+from sim_draws import Draws
 from sim_driver import ints, launch, poisoned
+from sim_record import Compare
 
 pytestmark = pytest.mark.skipif(bool(sim.missing()), reason=sim.missing() or "-")
-RNG = np.random.default_rng(1)
+RNG = Draws()
 
 
 # --- control flow and warps -----------------------------------------------------------------------------------------
@@ -268,7 +270,7 @@ def test_mma_of_half_and_double_sums():
     launch("f16_sums", [ra, rb, rc, d], module="matrix")
     want = packed(a @ b.T + c, "f16")
     np.testing.assert_array_equal(d, np.stack([want[g + 8 * r, t] for r in range(2)]))
-    a, b, c = RNG.normal(size=(8, 4)), RNG.normal(size=(8, 4)), RNG.normal(size=(8, 8))
+    a, b, c = RNG.normal((8, 4)), RNG.normal((8, 4)), RNG.normal((8, 8))
     out = np.zeros((2, 32))
     launch("f64_k4", [a[g, t], b[g, t], np.stack([c[g, 2 * t], c[g, 2 * t + 1]]), out], module="matrix")
     want = a @ b.T + c

@@ -4,9 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import sim_driver as sim
+from sim_draws import Draws
 
 pytestmark = pytest.mark.skipif(bool(sim.missing()), reason=sim.missing() or "-")
-RNG = np.random.default_rng(5)
+RNG = Draws()
 
 
 def swizzled(row_bytes, swizzle, rows):
