@@ -1,4 +1,4 @@
-"""Tensor copies, swizzles and wgmma in the PTX interpreter."""
+"""wgmma in the PTX interpreter, fed by tensor copies, and the layouts of its operands."""
 
 import ml_dtypes
 import numpy as np
@@ -8,61 +8,6 @@ from sim_draws import Draws
 
 pytestmark = pytest.mark.skipif(bool(sim.missing()), reason=sim.missing() or "-")
 RNG = Draws()
-
-
-def swizzled(row_bytes, swizzle, rows):
-    """Where byte (row, i) of rows of `row_bytes` lies, under a swizzle of that many bytes."""
-    linear = np.arange(rows * row_bytes)
-    mask = {0: 0, 32: 1, 64: 3, 128: 7}[swizzle]
-    return linear ^ ((linear >> 7 & mask) << 4)
-
-
-@pytest.mark.parametrize("kind", ["uint8", "bfloat16", "float32"])
-@pytest.mark.parametrize("swizzle", [0, 32, 64, 128])
-@pytest.mark.parametrize("corner", [(0, 0, 0), (16, 3, 1), (-8, -2, 0), (40, 9, 2)])
-def test_boxes(kind, swizzle, corner):
-    """Interior and ragged boxes: fill out of bounds, swizzles, the way back, reductions."""
-    dtype = np.dtype(getattr(ml_dtypes, kind, None) or kind)
-    width = (swizzle or 64) // dtype.itemsize
-    box = (width, 6, 2)
-    source = RNG.integers(0, 100, (3, 11, 64)).astype(dtype)
-    back = np.zeros_like(source)
-    count = box[0] * box[1] * box[2] * dtype.itemsize
-    seen = np.zeros(count, np.uint8)
-    maps = [sim.tensor_map(a, box, swizzle=swizzle) for a in (source, back)]
-    reducible = kind == "float32"
-
-    def go():
-        sim.run(sim.ptx("tensor"), "box", [*maps, seen, *corner, count], shared_bytes=16384, memory=[source, back])
-
-    if reducible:
-        go()
-    elif sim.ON_DEVICE:
-        pytest.skip("adds elements of a type that .add does not take")
-    else:
-        with pytest.raises(sim.SimError, match="reduction"):
-            go()
-    x, y, z = corner
-    want = np.zeros(box[::-1], dtype)
-    inside = [slice(max(0, c), min(n, c + b)) for c, b, n in zip((z, y, x), box[::-1], source.shape)]
-    within = tuple(slice(i.start - c, i.stop - c) for i, c in zip(inside, (z, y, x)))
-    want[within] = source[tuple(inside)]
-    place = swizzled(box[0] * dtype.itemsize, swizzle, box[1] * box[2])
-    np.testing.assert_array_equal(seen[place], want.reshape(-1).view(np.uint8))
-    if reducible:
-        twice = np.zeros_like(source)
-        twice[tuple(inside)] = 2 * source[tuple(inside)]
-        np.testing.assert_array_equal(back, twice)
-
-
-@pytest.mark.parametrize("how, words", [
-    (dict(box=(512, 1)), "limit is 256"), (dict(box=(3, 1)), "multiple of 16"), (dict(box=(64, 1), swizzle=64), "more than the swizzle"),
-    (dict(box=(16, 0)), "limit is 256"), (dict(box=(16, 4), element_strides=[1, 9]), "limit is 8"),
-])  # fmt: skip
-@pytest.mark.skipif(sim.ON_DEVICE, reason="the driver says no more than invalid value")
-def test_tensor_maps_are_refused(how, words):
-    with pytest.raises(sim.SimError, match=words):
-        sim.tensor_map(np.zeros((8, 64), np.float16), **how)
 
 
 KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "tf32": np.float32, "e4m3": ml_dtypes.float8_e4m3fn}

@@ -13,30 +13,6 @@ __device__ void load(void* to, const Map* map, int x, int y, uint64_t* bar) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(at(to)), "l"(map), "r"(x), "r"(y), "r"(at(bar)) : "memory");
 }
 
-// A box of a tensor of three dimensions as it lies in shared memory, and back into another tensor.
-struct Box { Map from, to; uint8_t* seen; int x, y, z, bytes; };
-extern "C" __global__ void box(const __grid_constant__ Box p) {
-  extern __shared__ __align__(1024) uint8_t dynamic[];
-  uint8_t* s = dynamic;
-  __shared__ uint64_t bar;
-  if (threadIdx.x == 0) {
-    init(&bar, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    expect(&bar, p.bytes);
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(at(s)), "l"(&p.from), "r"(p.x), "r"(p.y),
-                 "r"(p.z), "r"(at(&bar)) : "memory");
-  }
-  __syncthreads();
-  wait(&bar, 0);
-  for (int i = threadIdx.x; i < p.bytes; i += 32) p.seen[i] = s[i];
-  if (threadIdx.x == 0) {
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&p.to), "r"(at(s)), "r"(p.x), "r"(p.y), "r"(p.z) : "memory");
-    asm volatile("cp.async.bulk.commit_group;\n cp.async.bulk.wait_group 0;" ::: "memory");  // nothing else orders the two
-    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&p.to), "r"(at(s)), "r"(p.x), "r"(p.y), "r"(p.z) : "memory");
-    asm volatile("cp.async.bulk.commit_group;\n cp.async.bulk.wait_group 0;" ::: "memory");
-  }
-}
-
 // d[m][n] (f32) = a[m][k] b[n][k]: a warp that loads, a warpgroup that multiplies; tiles of 64 x N x (rows of SW bytes).
 template <int N, int Kind> __device__ void multiply(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {
   static_assert(N == 32);
