@@ -1,4 +1,4 @@
-"""wgmma in the PTX interpreter, fed by tensor copies, and the layouts of its operands."""
+"""A GEMM in the PTX interpreter: wgmma fed by tensor copies, warp-specialised, with barriers between."""
 
 import ml_dtypes
 import numpy as np
@@ -54,47 +54,3 @@ def test_defects_of_a_gemm(defect, words):
     else:
         with pytest.raises(sim.SimError, match=words):
             gemm("bf16", 128, 64, 512, 128, grid=1, defect=defect)
-
-
-def laid_out(matrix, place, size):
-    """`matrix` of 16-bit elements into a buffer: element (r, c) at byte place(r, c)."""
-    out = np.zeros(size // 2, np.uint16)
-    bits = matrix.view(np.uint16)
-    for r in range(matrix.shape[0]):
-        for c in range(matrix.shape[1]):
-            out[place(r, c) // 2] = bits[r, c]
-    return out.view(np.uint8)
-
-
-@pytest.mark.parametrize("swizzle", [0, 32, 64, 128])
-@pytest.mark.parametrize("transposed", [0, 1])
-def test_canonical_layouts(swizzle, transposed):
-    """Operands that threads lay out, as CuTe writes the canonical layouts of the ISA; strides are not the least ones."""
-    a, b = (RNG.integers(-8, 9, shape) / 4.0 for shape in ((64, 16), (32, 16)))
-    a, b = a.astype(ml_dtypes.bfloat16), b.astype(ml_dtypes.bfloat16)
-    mask = {0: 0, 32: 1, 64: 3, 128: 7}[swizzle]
-    bend = lambda at: at ^ ((at >> 7 & mask) << 4)
-    width = swizzle or 16
-    if transposed:  # mn-major: ((T, w, m), (8, k)) : ((1, T, LBO), (wT, SBO)); without swizzle ((T, 1, m), (8, k)) : ((1, T, SBO), (T, LBO))
-        group, eight = (2048, 1024) if swizzle else (256, 2048)  # to the next span of mn; to the next 8 of k
-        leading, stride = (group, eight) if swizzle else (eight, group)
-        place = lambda mn, k: bend(mn * 2 // width * group + mn * 2 % width + k % 8 * width + k // 8 * eight)
-    else:  # k-major: ((8, m), (T, 2k)) : ((w, SBO), (1, LBO))
-        leading, stride = (2048, 128) if not swizzle else (16, max(1024, 8 * width))
-        place = lambda mn, k: bend(mn % 8 * width + mn // 8 * stride + (k * 2 if swizzle else k // 8 * leading + k % 8 * 2))
-    if transposed and swizzle == 128:
-        group, eight = 2048, 1024
-    size = 16384
-    one = [laid_out(x, place, size) for x in (a, b)]
-    d = np.zeros((16, 128), np.float32)
-    args = [*one, d, size, size, leading, stride, leading, stride, swizzle, transposed]
-    sim.run(sim.ptx("tensor"), "one", [*args, 0], block=128, shared_bytes=3 * 16384)
-    lane, warp = np.arange(128) % 32, np.arange(128) // 32
-    want = a.astype(np.float32) @ b.astype(np.float32).T
-    for i in range(16):
-        row, col = 16 * warp + lane // 4 + 8 * (i // 2 & 1), i // 4 * 8 + lane % 4 * 2 + (i & 1)
-        np.testing.assert_array_equal(d[i], want[row, col] + 100 + np.arange(128))
-    if sim.ON_DEVICE:
-        return
-    with pytest.raises(sim.SimError, match="fence.proxy.async"):
-        sim.run(sim.ptx("tensor"), "one", [*args, 1], block=128, shared_bytes=3 * 16384)
