@@ -190,3 +190,13 @@ def test_draws_are_the_same_everywhere(monkeypatch):
     assert draws.permutation(np.arange(6)).tolist() == [2, 4, 0, 1, 5, 3]
     monkeypatch.setenv("PYTEST_CURRENT_TEST", "test_of.py::test_other (call)")
     assert draws.integers(0, 100, 5).tolist() != [9, 36, 89, 45, 77]
+
+
+@pytest.mark.skipif(bool(sim.missing()), reason=sim.missing() or "-")
+@pytest.mark.parametrize("name", sorted(f.stem for f in sim.KERNELS.glob("*.cu")))
+def test_kernels_assemble_for_a_device(name, tmp_path):
+    """The interpreter reads PTX that nobody assembled: what ptxas refuses must not wait for a device to show."""
+    arch = "sm_100a" if name.startswith("tcgen") else "sm_90a"
+    command = ["nvcc", "-std=c++17", "-O3", "-cubin", f"-gencode=arch={arch.replace('sm_', 'compute_')},code={arch}", "-o", str(tmp_path / "x.cubin"), str(sim.KERNELS / f"{name}.cu")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
