@@ -12,7 +12,7 @@ import time
 
 import sim_record
 
-SECONDS = 20  # a kernel of these tests runs for microseconds: one that takes this long waits for what never comes
+SECONDS = 10  # a kernel of these tests runs for microseconds: one that takes this long waits for what never comes
 _NOT_READY = 600
 
 

@@ -54,7 +54,7 @@ def any_nan(kind=None) -> Compare:
 
     def canonical(arrays: Arrays) -> Arrays:
         values = [np.ascontiguousarray(a).view(kind or a.dtype) for a in arrays]
-        return [np.where(v == v, v, np.array(np.nan, v.dtype)) for v in values]
+        return [v if v.dtype.kind in "iu" else np.where(v == v, v, np.array(np.nan, v.dtype)) for v in values]
 
     return Compare(canonical)
 
@@ -82,14 +82,19 @@ def inputs_of(source: pathlib.Path, kernel: str, args, arrays: Arrays, shape) ->
     return _digest(sim_sources.of_kernel(source, kernel), kernel, shape, *said, *contents)
 
 
-def _stored(arrays: Arrays) -> str:
+def stored(arrays: Arrays) -> str:
+    """The bytes of arrays, packed into text."""
     return base64.b64encode(zlib.compress(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays), 9)).decode()
+
+
+def unpacked(text: str) -> bytes:
+    return zlib.decompress(base64.b64decode(text))
 
 
 def outputs_of(arrays: Arrays, how: Compare) -> str:
     """Hash of the writable arrays, or their bytes (packed) where values are kept."""
     kept = how.canonical([a for a in arrays if a.flags.writeable])
-    return _digest(*kept) if how.kind == "bits" else _stored(kept)
+    return _digest(*kept) if how.kind == "bits" else stored(kept)
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -163,7 +168,7 @@ class Replay:
             raise Disagreement(f"{where}, gives other bits than {about['device']} gave on {about['date']}: {here} here, {outputs} there")
         if kind == "close" and here != outputs:
             kept = how.canonical([a for a in arrays if a.flags.writeable])
-            theirs = zlib.decompress(base64.b64decode(outputs))
+            theirs = unpacked(outputs)
             for mine in kept:
                 want, theirs = np.frombuffer(theirs[: mine.nbytes], mine.dtype).reshape(mine.shape), theirs[mine.nbytes :]
                 np.testing.assert_allclose(mine.astype(np.float64), want.astype(np.float64), how.rtol, how.atol,

@@ -130,7 +130,7 @@ def test_tolerances_hold_values(recorded):
     def values(scale):
         def change(record):
             for launch in test_of(record, "close").values():
-                launch[1] = sim_record._stored([(np.exp2(np.array([0.5, 1.5])) * scale).astype(np.float32)])
+                launch[1] = sim_record.stored([(np.exp2(np.array([0.5, 1.5])) * scale).astype(np.float32)])
         return change
 
     recorded(lambda: floats([0.5, 1.5], near), values(1 + 5e-7))
@@ -190,6 +190,20 @@ def test_draws_are_the_same_everywhere(monkeypatch):
     assert draws.permutation(np.arange(6)).tolist() == [2, 4, 0, 1, 5, 3]
     monkeypatch.setenv("PYTEST_CURRENT_TEST", "test_of.py::test_other (call)")
     assert draws.integers(0, 100, 5).tolist() != [9, 36, 89, 45, 77]
+
+
+@needs_interpreter
+def test_the_command_that_records(tmp_path):
+    """A rehearsal: the interpreter in place of the device, two tests."""
+    tests = ["tests/ffi_kernels/test_sim.py::test_barriers", "tests/ffi_kernels/test_sim_numbers.py::test_bits_of_nan_are_the_devices"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run([sys.executable, "tests/record_on_device.py", str(tmp_path), "--interpreter", "--tests", *tests], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    record = json.loads((tmp_path / "sim_record.json").read_text())
+    assert list(record["bits"]) == ["test_sim.py::test_barriers"] and len(record["open"]) == 9 and not record["failures"]
+    assert record["about"]["device"] == "the interpreter" and record["about"]["nvcc"] != "unknown"
+    assert "tests in which the interpreter disagrees with the device: 0" in done.stdout
+    assert {f.name for f in tmp_path.iterdir()} == {"sim_record.json", "summary.txt", "device.jsonl", "device.log", "replay.jsonl", "replay.log"}
 
 
 @pytest.mark.skipif(bool(sim.missing()), reason=sim.missing() or "-")
