@@ -43,7 +43,7 @@ def missing() -> str:
 def _compile(target: pathlib.Path, command: list[str]) -> pathlib.Path:
     if not target.exists():
         CACHE.mkdir(exist_ok=True)
-        part = target.with_suffix(f".{hashlib.sha1(str(id(command)).encode()).hexdigest()[:8]}.part")
+        part = target.with_suffix(f".{os.getpid()}-{id(command):x}.part")  # other threads and processes make the same
         done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
@@ -105,10 +105,10 @@ def ptx(name: str, arch: str = "sm_90a", extra: tuple[str, ...] = ()) -> pathlib
     return made
 
 
-TYPES = {
+TYPES = {  # of cuTensorMapEncodeTiled
     "uint8": 0, "uint16": 1, "uint32": 2, "int32": 3, "uint64": 4, "int64": 5, "float16": 6, "float32": 7, "float64": 8, "bfloat16": 9,
     "float32_ftz": 10, "tfloat32": 11, "tfloat32_ftz": 12,
-}  # fmt: skip  # of cuTensorMapEncodeTiled
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
