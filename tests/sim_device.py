@@ -150,12 +150,3 @@ def _run(here, cubin, kernel, pack, arrays, grid, block, cluster, shared_bytes, 
             check(lib.cuMemcpyDtoH_v2(ctypes.c_void_p(array.ctypes.data), places[array.ctypes.data], ctypes.c_size_t(array.nbytes)), "copy back")
     for pointer in places.values():
         check(lib.cuMemFree_v2(pointer), "cuMemFree")
-
-
-def name_and_driver() -> tuple[str, str]:
-    """What the record says about the device: its name and the CUDA version of the driver."""
-    here, name, version = device(), ctypes.create_string_buffer(256), ctypes.c_int()
-    check(here.driver.cuDeviceGetName(name, 256, here.device), "cuDeviceGetName")
-    check(here.driver.cuDriverGetVersion(ctypes.byref(version)), "cuDriverGetVersion")
-    return name.value.decode(), f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
-

@@ -4,7 +4,6 @@ import math
 from fractions import Fraction
 
 import ml_dtypes
-import numpy as np
 
 
 def rounded(value, kind, mode: str = "rn") -> float:

@@ -8,8 +8,6 @@ from sim_draws import Draws
 
 pytestmark = pytest.mark.skipif(bool(sim.missing()), reason=sim.missing() or "-")
 RNG = Draws()
-
-
 KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "tf32": np.float32, "e4m3": ml_dtypes.float8_e4m3fn}
 
 
