@@ -46,7 +46,7 @@ def launch(kernel, defect, arch="sm_90a"):
 
 @pytest.mark.parametrize("kernel", ["reduce", "exchange", "copies", "stages", "stores", "peers", "flag", "handover"])
 def test_correct_kernels_pass_under_every_schedule(kernel, monkeypatch):
-    for schedule in [*SCHEDULES, *(f"schedule=random seed={seed}" for seed in range(100, 150))] if not sim.ON_DEVICE else ["the device's"]:
+    for schedule in [*SCHEDULES, *(f"schedule=random seed={seed}" for seed in range(100, 150))] if not sim.ON_DEVICE else SCHEDULES[:1]:
         monkeypatch.setenv("DSV4_SIM", schedule)
         np.testing.assert_array_equal(launch(kernel, 0), wanted(kernel), err_msg=schedule)
 
