@@ -7,9 +7,10 @@ copies of its inputs, more than the caches hold, in a loop on the device. Not he
 from __future__ import annotations
 
 import functools
+import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,22 @@ from ffi_kernels.cases import Case
 COPIES_BYTES = 512 * 2**20  # of inputs that one program touches, several times any L2 cache
 MIN_COPIES, MAX_COPIES = 8, 24  # XLA makes a graph of five launches and more
 SECONDS_PER_CASE = 0.15
+
+
+def kept(rows: Iterable[dict], path: str | None = None, limit_s: float | None = None) -> Iterator[dict]:
+    """The rows, each appended to the file `path` as a line of JSON before the next one is made; a run that is killed loses none.
+
+    Ends after the first row that comes more than `limit_s` seconds after the start, and says so.
+    """
+    began = time.perf_counter()
+    for row in rows:
+        if path is not None:
+            with open(path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        yield row
+        if limit_s is not None and time.perf_counter() - began > limit_s:
+            print(f"stopped here: {limit_s:.0f} s are over", flush=True)
+            return
 
 
 def chosen(models: str, only: str | None, backend: str) -> list[tuple[str, Case]]:

@@ -24,6 +24,7 @@ std::string sim_encode_tiled(void* map, int type, uint32_t rank, void* address, 
   m.magic = sim::kTensorMapMagic;
   m.address = at;
   m.rank = static_cast<uint8_t>(rank);
+  m.type = static_cast<uint8_t>(type);
   m.element = static_cast<uint8_t>(bytes[type]);
   m.real = type >= 6;
   m.fill_nan = fill == 1;
@@ -33,6 +34,7 @@ std::string sim_encode_tiled(void* map, int type, uint32_t rank, void* address, 
     if (dims[i] < 1 || dims[i] > (uint64_t{1} << 32)) return text_of("tensor map: dimension %u has %llu elements; the limit is 2^32", i, (unsigned long long)dims[i]);
     if (box[i] < 1 || box[i] > 256) return text_of("tensor map: the box has %u elements in dimension %u; the limit is 256", box[i], i);
     if (element_strides[i] < 1 || element_strides[i] > 8) return text_of("tensor map: element stride %u in dimension %u; the limit is 8", element_strides[i], i);
+    if (!i && element_strides[0] != 1) return text_of("tensor map: element stride %u in dimension 0; a device ignores it there, so it must be 1", element_strides[0]);
     m.dims[i] = static_cast<uint32_t>(dims[i] - 1);
     m.box[i] = static_cast<uint16_t>(box[i]);
     m.element_strides[i] = static_cast<uint8_t>(element_strides[i]);

@@ -14,6 +14,7 @@ struct TensorMap {
   uint16_t box[5];
   uint8_t element_strides[5];
   uint8_t rank, element, swizzle, fill_nan, real;  // element: bytes; swizzle: log2 of its bytes, 0 none
+  uint8_t type;         // as of cuTensorMapEncodeTiled
 };
 static_assert(sizeof(TensorMap) <= 128);
 constexpr uint64_t kTensorMapMagic = 0x70616D726F736E74;

@@ -60,10 +60,25 @@ template <class F> void walk(const TensorMap& m, const int32_t* coordinates, F f
         }
 }
 
+// The type in which a reduction combines elements, by the map's type; none where the device has no such reduction.
 Type reduced_type(const TensorMap& m, AtomicOp op) {
-  if (m.element < 4) return Type::none;
-  if (!m.real) return op >= AtomicOp::bit_and ? (m.element == 8 ? Type::b64 : Type::b32) : m.element == 8 ? Type::u64 : Type::u32;
-  return m.element == 4 ? Type::f32 : m.element == 8 ? Type::f64 : Type::none;
+  static const Type types[] = {Type::none, Type::none, Type::u32, Type::s32, Type::u64, Type::s64, Type::f16, Type::f32, Type::none, Type::bf16};
+  const Type t = m.type < 10 ? types[m.type] : Type::none;
+  switch (op) {
+    case AtomicOp::add: return t == Type::s64 ? Type::none : t;
+    case AtomicOp::min: case AtomicOp::max: return t == Type::f32 ? Type::none : t;
+    case AtomicOp::inc: case AtomicOp::dec: return t == Type::u32 ? t : Type::none;
+    default: return is_integer(t) ? t : Type::none;
+  }
+}
+
+// What a device answers with an illegal instruction, in sentences.
+void check_place(const TensorMap& m, const std::vector<int32_t>& x, bool store) {
+  const int64_t bytes = static_cast<int64_t>(x[0]) * m.element;
+  if (bytes % 16) fail("the box starts at element %d of the first dimension, %lld bytes from the tensor's edge, which is not a multiple of 16", x[0], static_cast<long long>(bytes));
+  for (int d = 0; store && d < m.rank; ++d) {
+    if (x[static_cast<size_t>(d)] < 0) fail("a store starts at %d in dimension %d; only loads may start below 0", x[static_cast<size_t>(d)], d);
+  }
 }
 
 // Slots: map, coordinates, shared address, then barrier, cta mask.
@@ -75,6 +90,7 @@ Step copy(Ctx& c, const Instr& in) {
     const TensorMap m = read_map(c, where(c, in, 0, k.wide_map, k.map, l), k.rank, l);
     std::vector<int32_t> x(5, 0);
     for (int d = 0; d < k.rank; ++d) x[static_cast<size_t>(d)] = static_cast<int32_t>(src<uint32_t>(c, in, 1 + d)[l]);
+    check_place(m, x, k.store);
     const uint32_t shared = shared_offset(where(c, in, 1 + k.rank, k.wide_shared, k.shared, l));
     const uint64_t bytes = elements(m) * m.element;
     Watch* watch = watch_of(*c.cta);
@@ -88,7 +104,7 @@ Step copy(Ctx& c, const Instr& in) {
       if (watch) watch->job_touch(c, job->entity, *c.cta, (shared & 0xFFFFFF) - kSharedBase, bytes, false, true);
       walk(m, x.data(), [&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element, k.reduce ? Access::both : Access::write); });
       const Type type = k.reduce ? reduced_type(m, k.op) : Type::none;
-      if (k.reduce && type == Type::none) fail("a reduction of this tensor's type is not modelled");
+      if (k.reduce && type == Type::none) fail("a device has no such reduction of elements of this tensor's type (number %d of cuTensorMapEncodeTiled)", m.type);
       add_to_group(c, job, 1u << l, true);
       submit(c, job, [=, &k](Ctx&) {
         walk(m, x.data(), [&](uint64_t g, uint32_t offset) {
@@ -99,7 +115,7 @@ Step copy(Ctx& c, const Instr& in) {
           uint64_t a = 0, b = 0;
           std::memcpy(&a, to, m.element);
           std::memcpy(&b, from, m.element);
-          const uint64_t r = apply_atomic(k.op, type, a, b, 0, false);
+          const uint64_t r = apply_atomic(k.op, type, a, b, 0, true);
           std::memcpy(to, &r, m.element);
         });
       });
