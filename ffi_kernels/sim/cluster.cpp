@@ -18,7 +18,7 @@ Step arrive(Ctx& c, const Instr& in) {
     ++cluster.arrived;
   }
   c.machine->progress = c.machine->instructions;
-  if (cluster.watch) in.b ? cluster.watch->release_relaxed(*c.warp, cluster.next) : cluster.watch->release(*c.warp, cluster.next);
+  if (cluster.watch) in.b && c.machine->options.strict ? cluster.watch->release_relaxed(*c.warp, cluster.next) : cluster.watch->release(*c.warp, cluster.next);
   if (cluster.arrived == cluster.live_threads) {
     cluster.done = cluster.next;
     cluster.next.clear();

@@ -147,6 +147,7 @@ struct Options {
   uint64_t seed = 0;
   uint64_t limit = uint64_t{1} << 33;  // warp instructions
   bool checks = true, statistics = false;
+  bool strict = true;  // false: also what devices are known to do although the ISA does not promise it
 };
 
 struct Machine {

@@ -133,8 +133,9 @@ template <bool Store> Step move(Ctx& c, const Instr& in) {
   if (!whole(c)) return Step::block;
   const int n = in.a;
   const uint32_t at = uniform<uint32_t>(c, in, n, "the address in tensor memory") + static_cast<uint32_t>(in.imm);
-  const uint32_t lane0 = at >> 16, column = at & 0xFFFF, columns = static_cast<uint32_t>(in.b ? n * 2 : n);
+  const uint32_t column = at & 0xFFFF, columns = static_cast<uint32_t>(in.b ? n * 2 : n);
   const uint32_t quarter = c.warp->id % 4 * 32;
+  const uint32_t lane0 = c.machine->options.strict ? at >> 16 : quarter + (at >> 16) % 32;  // devices ignore the bits of the quarter
   if (lane0 != quarter && !(in.b && lane0 == quarter + 16)) {
     fail("warp %u reaches lanes %u to %u of tensor memory, not lane %u", c.warp->id, quarter, quarter + 31, lane0);
   }
@@ -170,9 +171,12 @@ Step commit(Ctx& c, const Instr& in) {
       for (uint32_t r = 0; r < ctas; ++r) if (mask >> r & 1) barriers.push_back(&mbarrier_at(c, (signal & 0xFFFFFF) | r << 24, Space::cluster));
     } else barriers.push_back(&mbarrier_at(c, signal, Space::cluster));
     const JobEntity pipe = tensor_of(*c.cta).pipe;
-    issue_tensor_op(c, [barriers, pipe, watched = watch_of(*c.cta) != nullptr](Ctx& later) {
+    // Whoever waits for this knows what the issuer knew: that the copies which the products read had arrived, say.
+    const Order known = watch_of(*c.cta) ? watch_of(*c.cta)->learned(*c.warp) : Order();
+    issue_tensor_op(c, [barriers, pipe, known](Ctx& later) {
       for (Mbarrier* b : barriers) {
-        if (watched && pipe.clock) Watch::release_job(b->next, pipe);
+        b->next.join(known);
+        if (pipe.clock) Watch::release_job(b->next, pipe);
         mbarrier_arrive(*later.machine, *b, 1);
       }
     });
