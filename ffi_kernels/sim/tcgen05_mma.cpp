@@ -1,5 +1,5 @@
-// tcgen05.mma and tcgen05.cp. PTX ISA 9.7.16.2 to .4, .9, .10. Dense products of kinds f16, tf32, f8f6f4 (8-bit elements), i8,
-// mxf8f6f4 (8-bit elements), mxf4 and mxf4nvf4, of one CTA (M 64, 128) or a pair (M 128 without scales, 256).
+// tcgen05.mma and tcgen05.cp. PTX ISA 9.7.16.2 to .4, .9, .10. Dense products of kinds f16, tf32, f8f6f4, i8, mxf8f6f4, mxf4
+// and mxf4nvf4, of one CTA (M 64, 128) or a pair (M 128 without scales, 256).
 // Rows of D: M 128 and 256 one lane each; M 64 lanes 32 (r / 16) + r % 16; a pair's M 128: lanes 0-63 hold the first half
 // of the columns, 64-127 the second. Scale factors of row r: lane r % 32 of every quarter, column r / 32, byte by block.
 #include "formats.h"
@@ -21,6 +21,7 @@ struct Product {  // an instruction with its descriptors read
   int m, n, k;
   Type a, b, d;
   bool negate_a, negate_b, mn_a, mn_b, saturate, add;
+  bool padded;  // 6- and 4-bit elements lie 16 to 16 bytes of shared memory, packed, then padding
   int vec, sfa, sfb;  // scale factors; their ids
   bool ue4m3;
   uint32_t to, a_tensor, scale_a, scale_b;
@@ -74,7 +75,9 @@ Product read(const Mma& x, uint32_t i) {
     default: p.a = p.b = Type::e2m1; p.k = 64; if (a != 1 || b != 1) fail("the instruction descriptor does not say e2m1"); break;
   }
   if (x.kind == f8f6f4 || x.kind == mxf8f6f4) {
-    if ((p.a != Type::e4m3 && p.a != Type::e5m2) || (p.b != Type::e4m3 && p.b != Type::e5m2)) fail("types %d and %d: only 8-bit elements of this kind are modelled", a, b);
+    if (p.a == Type::none || p.b == Type::none) fail("the instruction descriptor names types %d and %d", a, b);
+    if (p.a_in_tensor && bits_of(p.a) < 8) fail("6- and 4-bit elements of A in tensor memory are not modelled in this kind");
+    p.padded = true;
   }
   const bool scaled = x.kind >= mxf8f6f4;
   const bool good = x.group == 1 ? p.m == 128 || (p.m == 64 && !scaled) : p.m == 256 || (p.m == 128 && !scaled);
@@ -87,19 +90,27 @@ Product read(const Mma& x, uint32_t i) {
 int cells_of(Type t) { return t == Type::e2m1 ? 4 : bits_of(t); }  // bits of an element in memory
 
 // [row][k] from shared memory of `cta`.
-void gather(Ctx& c, Cta& cta, const MatrixLayout& m, Type t, int rows, int k, bool negate, float* to, const JobEntity* job) {
-  const int bits = cells_of(t), outer = m.k_major ? rows : k, inner = (m.k_major ? k : rows) * bits / 8, per = 32 / bits;
+void gather(Ctx& c, Cta& cta, const MatrixLayout& m, Type t, bool padded, int rows, int k, bool negate, float* to, const JobEntity* job) {
+  const int narrow = bits_of(t), bits = padded ? 8 : cells_of(t), outer = m.k_major ? rows : k, inner = (m.k_major ? k : rows) * bits / 8, per = 32 / bits;
   for (int o = 0; o < outer; ++o) {
     for (int b = 0; b < inner; b += 16) {
       const uint32_t at = cta.rank << 24 | m.at(static_cast<uint32_t>(o), static_cast<uint32_t>(b));
       const uint8_t* p = shared_at(c, at, 16, 16, Access::read, Space::cluster);
       if (job) { watch_of(*c.cta)->job_touch(c, *job, cta, (at & 0xFFFFFF) - kSharedBase, 16, false, true); continue; }
+      uint8_t spread[16];
+      if (narrow < bits) {
+        for (int e = 0; e < 16; ++e) {
+          const int bit = e * narrow;
+          spread[e] = static_cast<uint8_t>((p[bit / 8] | p[bit / 8 + 1] << 8) >> bit % 8 & ((1 << narrow) - 1));
+        }
+        p = spread;
+      }
       for (int w = 0; w < 4; ++w) {
         uint32_t word;
         std::memcpy(&word, p + 4 * w, 4);
         for (int e = 0; e < per; ++e) {
           const int i = (b + 4 * w) * 8 / bits + e;
-          float v = t == Type::e2m1 ? decode(word >> (4 * e) & 15, kE2m1) : matrix_element(t, word, e);
+          float v = t == Type::e2m1 && !padded ? decode(word >> (4 * e) & 15, kE2m1) : matrix_element(t, word, e);
           if (negate) v = -v;
           to[m.k_major ? o * k + i : i * k + o] = v;
         }
@@ -137,13 +148,13 @@ template <class Sum> void multiply(Ctx& c, const Product& p, Cta& cta, Cta* othe
       const float v = p.a == Type::e2m1 ? decode(word >> (4 * (i % per)) & 15, kE2m1) : matrix_element(p.a, word, i % per);
       a[static_cast<size_t>(r * k + i)] = p.negate_a ? -v : v;
     }
-  } else gather(c, cta, p.la, p.a, rows, k, p.negate_a, a.data(), nullptr);
-  if (!other) gather(c, cta, p.lb, p.b, n, k, p.negate_b, b.data(), nullptr);
+  } else gather(c, cta, p.la, p.a, p.padded, rows, k, p.negate_a, a.data(), nullptr);
+  if (!other) gather(c, cta, p.lb, p.b, p.padded, n, k, p.negate_b, b.data(), nullptr);
   else {  // each CTA of the pair holds half of B
     Cta& even = cta.rank % 2 ? *other : cta;
     Cta& odd = cta.rank % 2 ? cta : *other;
-    gather(c, even, p.lb, p.b, n / 2, k, p.negate_b, b.data(), nullptr);
-    gather(c, odd, p.lb, p.b, n / 2, k, p.negate_b, b.data() + n / 2 * k, nullptr);
+    gather(c, even, p.lb, p.b, p.padded, n / 2, k, p.negate_b, b.data(), nullptr);
+    gather(c, odd, p.lb, p.b, p.padded, n / 2, k, p.negate_b, b.data() + n / 2 * k, nullptr);
   }
   if (p.vec) {
     scales(cta, p.scale_a, rows, p.vec, p.sfa, p.ue4m3, sa);
@@ -218,8 +229,8 @@ Step mma(Ctx& c, const Instr& in) {
       if (!watch_of(*c.cta)) continue;
       touch_tensor(c, *cta, 0, 128, p.to, columns, true, &job);
       if (x.a_in_tensor) touch_tensor(c, *cta, 0, 128, p.a_tensor, static_cast<uint32_t>(p.k * cells_of(p.a) / 32), false, &job);
-      else gather(c, *cta, p.la, p.a, rows, p.k, false, nullptr, &job);
-      gather(c, *cta, p.lb, p.b, other ? p.n / 2 : p.n, p.k, false, nullptr, &job);
+      else gather(c, *cta, p.la, p.a, p.padded, rows, p.k, false, nullptr, &job);
+      gather(c, *cta, p.lb, p.b, p.padded, other ? p.n / 2 : p.n, p.k, false, nullptr, &job);
       if (x.vec) {
         touch_tensor(c, *cta, 0, 128, p.scale_a, static_cast<uint32_t>((rows + 31) / 32), false, &job);
         touch_tensor(c, *cta, 0, 128, p.scale_b, static_cast<uint32_t>((p.n + 31) / 32), false, &job);

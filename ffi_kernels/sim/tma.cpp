@@ -30,10 +30,10 @@ uint64_t elements(const TensorMap& m) {
   return n;
 }
 
-uint32_t swizzled(uint32_t at, int swizzle) {  // of a shared address: bits 4.. are exclusive-ored with bits 7..
-  if (!swizzle) return at;
-  const uint32_t mask = (1u << (swizzle - 4)) - 1;
-  return at ^ ((at >> 7 & mask) << 4);
+uint32_t swizzled(uint32_t at, const TensorMap& m) {  // of a shared address: the bits from the atom's are exclusive-ored with bits 7..
+  if (!m.swizzle) return at;
+  const uint32_t mask = (1u << (m.swizzle - m.atom)) - 1;
+  return at ^ ((at >> 7 & mask) << m.atom);
 }
 
 // Calls f(global address or 0 out of bounds, offset in the box) for each run of elements along the first dimension that
@@ -53,7 +53,7 @@ template <class F> void walk(const TensorMap& m, const int32_t* coordinates, F f
             inside = inside && x >= 0 && x <= static_cast<int64_t>(m.dims[d]);
             at += static_cast<uint64_t>(x) * m.strides[d - 1];
           }
-          for (i[0] = 0; i[0] < count[0]; ++i[0], offset += m.element) {
+          for (i[0] = 0; i[0] < count[0]; ++i[0], offset += m.held) {
             const int64_t x = coordinates[0] + static_cast<int64_t>(i[0]) * m.element_strides[0];
             f(inside && x >= 0 && x <= static_cast<int64_t>(m.dims[0]) ? at + static_cast<uint64_t>(x) * m.element : 0, static_cast<uint32_t>(offset));
           }
@@ -76,13 +76,19 @@ Step copy(Ctx& c, const Instr& in) {
     std::vector<int32_t> x(5, 0);
     for (int d = 0; d < k.rank; ++d) x[static_cast<size_t>(d)] = static_cast<int32_t>(src<uint32_t>(c, in, 1 + d)[l]);
     const uint32_t shared = shared_offset(where(c, in, 1 + k.rank, k.wide_shared, k.shared, l));
-    const uint64_t bytes = elements(m) * m.element;
+    const uint64_t moved = elements(m) * m.element, bytes = elements(m) * m.held;  // in global and in shared memory
+    if (m.pack > 1) {
+      const int step = m.held != m.element ? 128 : m.pack;
+      if (x[0] % step) fail("the first coordinate is %d; in a tensor of packed elements it must be a multiple of %d", x[0], step);
+      if (k.reduce || (k.store && m.held != m.element)) fail("a store from padded elements, or a reduction of packed ones");
+      x[0] /= m.pack;
+    }
     Watch* watch = watch_of(*c.cta);
     auto job = std::make_shared<JobState>();
     if (watch) job->entity = watch->begin(c);
     const auto base = [&](uint32_t at, Access access) { return shared_at(c, at, bytes, 128, access, k.cluster_target ? Space::cluster : Space::shared); };
     // The swizzle permutes the 16-byte pieces of a row by bits of the address itself, so any multiple of 128 may start a box.
-    const auto place = [m](uint32_t at, uint32_t offset) { return static_cast<int64_t>(swizzled((at & 0xFFFFFF) + offset, m.swizzle)) - static_cast<int64_t>(at & 0xFFFFFF); };
+    const auto place = [m](uint32_t at, uint32_t offset) { return static_cast<int64_t>(swizzled((at & 0xFFFFFF) + offset, m)) - static_cast<int64_t>(at & 0xFFFFFF); };
     if (k.store) {
       uint8_t* s = base(shared, Access::read);
       if (watch) watch->job_touch(c, job->entity, *c.cta, (shared & 0xFFFFFF) - kSharedBase, bytes, false, true);
@@ -130,13 +136,14 @@ Step copy(Ctx& c, const Instr& in) {
       for (const Target& t : targets) {
         walk(m, x.data(), [&](uint64_t g, uint32_t offset) {
           uint8_t* to = t.to + place(t.at, offset);
+          if (m.held != m.element) std::memset(to + m.element, kPoison, m.held - m.element);
           if (g) std::memcpy(to, reinterpret_cast<const uint8_t*>(g), m.element);
           else if (!m.fill_nan) std::memset(to, 0, m.element);
           else if (m.element == 2) std::memcpy(to, &nan16, 2);
           else { std::memset(to, 0xFF, m.element); to[m.element - 1] = 0x7F; }
         });
         if (watched) Watch::release_job(t.signal->next, entity);
-        mbarrier_tx(*later.machine, *t.signal, -static_cast<int64_t>(bytes));
+        mbarrier_tx(*later.machine, *t.signal, -static_cast<int64_t>(moved));  // padding does not count
       }
     });
   }
