@@ -203,11 +203,6 @@ void Watch::release_relaxed(Warp& w, Order& into) {
   into.inits.join(me.order.inits);
   into.inits.raise(entity_of(w), me.init_fence);
 }
-Order Watch::learned(Warp& w) const {
-  Order known = threads_[entity_of(w)].order;
-  for (Clock* clock : {&known.seen, &known.proxy, &known.inits}) clock->forget(entity_of(w));
-  return known;
-}
 void Watch::init_fence(Warp& w) {
   Thread& me = threads_[entity_of(w)];
   me.init_fence = me.clock;

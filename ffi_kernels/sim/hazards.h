@@ -32,7 +32,6 @@ class Clock {
     if (o.v_.size() > v_.size()) v_.resize(o.v_.size(), 0);
     for (size_t i = 0; i < o.v_.size(); ++i) if (v_[i] < o.v_[i]) v_[i] = o.v_[i];
   }
-  void forget(uint32_t e) { if (e < v_.size()) v_[e] = 0; }
   void clear() { v_.clear(); }
 
  private:
@@ -81,7 +80,6 @@ class Watch {
   // Synchronisation of warps.
   void release(Warp& w, Order& into);
   void release_relaxed(Warp& w, Order& into);  // only what an earlier fence has ordered
-  Order learned(Warp& w) const;  // what the warp knows of others: an operation that it issues now comes after all that
   void init_fence(Warp& w);
   void acquire(Warp& w, const Order& from);
   void fence(Warp& w);

@@ -171,8 +171,8 @@ Step commit(Ctx& c, const Instr& in) {
       for (uint32_t r = 0; r < ctas; ++r) if (mask >> r & 1) barriers.push_back(&mbarrier_at(c, (signal & 0xFFFFFF) | r << 24, Space::cluster));
     } else barriers.push_back(&mbarrier_at(c, signal, Space::cluster));
     const JobEntity pipe = tensor_of(*c.cta).pipe;
-    // Whoever waits for this knows what the issuer knew: that the copies which the products read had arrived, say.
-    const Order known = watch_of(*c.cta) ? watch_of(*c.cta)->learned(*c.warp) : Order();
+    Order known;  // whoever waits for this comes after what came before the issue: the copies that the products read, say
+    if (Watch* watch = watch_of(*c.cta)) watch->release(*c.warp, known);
     issue_tensor_op(c, [barriers, pipe, known](Ctx& later) {
       for (Mbarrier* b : barriers) {
         b->next.join(known);
