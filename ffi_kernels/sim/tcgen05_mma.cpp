@@ -16,6 +16,8 @@ struct Mma {
   Kind kind;
   int group = 1, vec = 0;  // scale factors per row and step
   bool a_in_tensor = false;
+  int masks = 0;           // words of the mask of lanes of D that are not written
+  int down = 0;            // D is scaled by 2^-down before it is added
 };
 struct Product {  // an instruction with its descriptors read
   int m, n, k;
@@ -26,7 +28,8 @@ struct Product {  // an instruction with its descriptors read
   bool ue4m3;
   uint32_t to, a_tensor, scale_a, scale_b;
   bool a_in_tensor;
-  int group;
+  int group, down;
+  uint32_t off[4];  // lanes of D that are not written
   MatrixLayout la, lb;
 };
 
@@ -50,6 +53,7 @@ Product read(const Mma& x, uint32_t i) {
   p.vec = x.vec;
   p.group = x.group;
   p.a_in_tensor = x.a_in_tensor;
+  p.down = x.down;
   if (x.kind >= mxf8f6f4) {
     p.m = static_cast<int>(i >> 27 & 3) * 128;
     p.sfb = i >> 4 & 3;
@@ -178,20 +182,20 @@ template <class Sum> void multiply(Ctx& c, const Product& p, Cta& cta, Cta* othe
   for (int j = 0; j < n; ++j) for (int i = 0; i < k; ++i) wide[static_cast<size_t>(i * n + j)] = static_cast<Sum>(b[static_cast<size_t>(j * k + i)]);
   const bool folded = p.group == 2 && p.m == 128;
   for (int r = 0; r < rows; ++r) {
-    const auto word = [&](int j) -> uint32_t& {
-      if (folded) return t.at(static_cast<uint32_t>(r + (j >= n / 2 ? 64 : 0)), p.to + static_cast<uint32_t>(j % (n / 2)));
-      return t.at(lane_of(r), p.to + static_cast<uint32_t>(j));
-    };
+    const auto lane = [&](int j) { return folded ? static_cast<uint32_t>(r + (j >= n / 2 ? 64 : 0)) : lane_of(r); };
+    const auto word = [&](int j) -> uint32_t& { return t.at(lane(j), p.to + static_cast<uint32_t>(folded ? j % (n / 2) : j)); };
     for (int j = 0; j < n; ++j) {
       const uint32_t w = p.add ? word(j) : 0;
       sum[static_cast<size_t>(j)] = p.d == Type::s32 ? static_cast<Sum>(static_cast<int32_t>(w)) : p.d == Type::f16 ? static_cast<Sum>(value_of(Half{static_cast<uint16_t>(w)})) : static_cast<Sum>(bit_cast<float>(w));
     }
+    if (p.down) for (Sum& s : sum) s = static_cast<Sum>(std::ldexp(static_cast<double>(s), -p.down));
     for (int i = 0; i < k; ++i) {
       const Sum v = static_cast<Sum>(a[static_cast<size_t>(r * k + i)]);
       const Sum* from = &wide[static_cast<size_t>(i * n)];
       for (int j = 0; j < n; ++j) sum[static_cast<size_t>(j)] += v * from[j];
     }
     for (int j = 0; j < n; ++j) {
+      if (p.off[lane(j) / 32] >> lane(j) % 32 & 1) continue;
       const Sum s = sum[static_cast<size_t>(j)];
       if constexpr (std::is_same_v<Sum, int64_t>) word(j) = static_cast<uint32_t>(!p.saturate ? s : s > INT32_MAX ? INT32_MAX : s < INT32_MIN ? INT32_MIN : s);
       else word(j) = p.d == Type::f16 ? half_bits(static_cast<double>(s)) : bit_cast<uint32_t>(canonical(static_cast<float>(s)));
@@ -199,14 +203,19 @@ template <class Sum> void multiply(Ctx& c, const Product& p, Cta& cta, Cta* othe
   }
 }
 
-// Slots: d, a (descriptor or tensor address), b, instruction descriptor, [scale a, scale b], add.
+// Slots: d, a (descriptor or tensor address), b, instruction descriptor, [scale a, scale b], [words of the mask], add.
 Step mma(Ctx& c, const Instr& in) {
   const Mma& x = *static_cast<const Mma*>(in.extra);
   note(c, in);
   for (int l = 0; l < 32; ++l) {
     if (!(c.mask >> l & 1)) continue;
     Product p = read(x, src<uint32_t>(c, in, 3)[l]);
-    const int after = x.vec ? 6 : 4;
+    const int after = x.vec ? 6 : 4 + x.masks;
+    for (int i = 0; i < x.masks; ++i) {
+      const uint32_t off = src<uint32_t>(c, in, 4 + i)[l];
+      if (off && x.masks > 4) fail("lanes of D are disabled in a product of a pair of CTAs, which is not modelled");
+      p.off[i % 4] = off;
+    }
     p.to = src<uint32_t>(c, in, 0)[l] + static_cast<uint32_t>(in.imm);
     p.add = pred(c, in, after) >> l & 1;
     if (x.a_in_tensor) p.a_tensor = src<uint32_t>(c, in, 1)[l];
@@ -317,8 +326,18 @@ void decode_tensor_mma(Decode& d) {
     if (tensor(4) || tensor(5)) d.wrong("an offset of scale factors is not modelled");
     i = 6;
   }
-  if (d.arg(i).kind == Arg::vector) d.wrong("disable-output-lane is not modelled");
-  d.src(i, Type::pred);
+  if (d.arg(i).kind == Arg::vector) {
+    const Arg& mask = d.arg(i++);
+    x.masks = 4 * x.group;
+    if (x.vec || mask.parts.size() != static_cast<size_t>(x.masks)) d.wrong("needs " + std::to_string(x.masks) + " words of disabled lanes, and no scale factors");
+    for (const Arg& word : mask.parts) d.src(word, Type::b32);
+  }
+  d.src(i++, Type::pred);
+  if (i < d.args()) {
+    const Arg& down = d.arg(i);
+    if (down.kind != Arg::integer || down.value > 15 || x.kind > tf32) d.wrong("scale-input-d is an immediate of 0 to 15, of kinds f16 and tf32");
+    x.down = static_cast<int>(down.value);
+  }
   d.in.imm = to;
   *d.extra<Mma>() = x;
   d.in.run = mma;
