@@ -122,6 +122,7 @@ struct Cta {
   std::vector<std::unique_ptr<Warp>> warps;
   Barrier barriers[16];
   std::map<uint32_t, Mbarrier> mbarriers;  // by offset in the window
+  bool launches_over = false;              // it knows that no cluster is left to be canceled
   std::shared_ptr<void> tensor;            // TensorMemory, see tcgen05.h
 };
 
