@@ -124,8 +124,9 @@ Step redux(Ctx& c, const Instr& in) {  // in.a op; in.b 1 signed, 2 float; in.c:
 }
 
 Step elect(Ctx& c, const Instr& in) {  // slots: d, p, mask. Any lane may be elected: which one depends on the seed
+  const Options& o = c.machine->options;
   return by_mask(c, src<uint32_t>(c, in, 2), [&](uint32_t members) {
-    uint32_t choice = c.machine->options.seed ? static_cast<uint32_t>((c.machine->options.seed * 0x9E3779B97F4A7C15ull) >> 40) % static_cast<uint32_t>(__builtin_popcount(members)) : 0;
+    uint32_t choice = o.seed && o.strict ? static_cast<uint32_t>((o.seed * 0x9E3779B97F4A7C15ull) >> 40) % static_cast<uint32_t>(__builtin_popcount(members)) : 0;
     uint32_t rest = members;
     while (choice--) rest &= rest - 1;
     const uint32_t leader = static_cast<uint32_t>(__builtin_ctz(rest));
