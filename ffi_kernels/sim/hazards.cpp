@@ -7,8 +7,8 @@
 
 namespace dsv4::sim {
 
-Watch::Watch(uint32_t ctas, uint32_t warps_per_cta, uint32_t words)
-    : warps_(warps_per_cta), words_(words), threads_(ctas * warps_per_cta), cells_(ctas), remote_(ctas), gone_(ctas) {
+Watch::Watch(uint32_t ctas, uint32_t warps_per_cta, uint32_t words, bool strict)
+    : warps_(warps_per_cta), words_(words), strict_(strict), threads_(ctas * warps_per_cta), cells_(ctas), remote_(ctas), gone_(ctas) {
   for (uint32_t e = 0; e < threads_.size(); ++e) threads_[e].order.seen.raise(e, 2);
 }
 
@@ -66,7 +66,7 @@ void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind,
     const auto conflicts = [&](const Mark& m) {
       if (!m.entity || !(m.bytes & mask) || (strong && m.strong)) return false;
       if (!before(m)) return true;
-      return m.entity - 1u == self && m.lane != lane && m.sync == me.sync && m.raw != raw;
+      return strict_ && m.entity - 1u == self && m.lane != lane && m.sync == me.sync && m.raw != raw;
     };
     const auto why = [&](const Mark& m) {
       return m.entity - 1u == self ? ", another lane of the same warp, with no bar.warp.sync between" : m.entity > threads_.size() ? ", and whose end has not been waited for" : ", with no synchronisation between";

@@ -66,7 +66,7 @@ enum class Touch : uint8_t { read, write, strong_read, strong_write, atomic };
 
 class Watch {
  public:
-  Watch(uint32_t ctas, uint32_t warps_per_cta, uint32_t words);
+  Watch(uint32_t ctas, uint32_t warps_per_cta, uint32_t words, bool strict);
   // Accesses of threads.
   void touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind, int lane);
   // Asynchronous operations: begun by the warp of `c`; async_proxy is false for cp.async (not bulk).
@@ -104,6 +104,7 @@ class Watch {
   Cell& cell(const Cta& cta, uint32_t word);
   uint32_t warps_;
   uint32_t words_;
+  bool strict_;  // lanes of a warp are ordered by bar.warp.sync alone
   std::vector<Thread> threads_;
   std::vector<std::vector<Cell>> cells_;
   std::vector<std::vector<Mark>> readers_;

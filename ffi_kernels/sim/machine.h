@@ -98,6 +98,14 @@ struct Job {
   const Raw* raw;
 };
 
+struct Flight {  // a wgmma product that has not been waited for, and the registers it works on
+  const uint8_t* regs;
+  const Instr* in;
+  int d_regs, a_regs;
+  std::shared_ptr<JobState> job;
+  std::vector<int32_t> copies;  // slots that D was copied to since
+};
+
 struct Warp {
   Cta* cta = nullptr;
   uint32_t id = 0, live = 0;
@@ -108,6 +116,7 @@ struct Warp {
   uint64_t cluster_token[32] = {};    // generation of the cluster barrier that a lane arrived at, plus one
   Groups copies[32], bulk[32], products[1];
   std::shared_ptr<JobState> last_product;
+  std::vector<Flight> flights;
   int demoted = -1;
   uint64_t priority = 0;
   bool done() const { return fragments.empty(); }

@@ -14,12 +14,12 @@ template <class F> Step by_mask(Ctx& c, const uint32_t* masks, F f) {
   const uint32_t all = c.mask;
   while (left) {
     const int first = __builtin_ctz(left);
-    const uint32_t mask = masks[first];
     uint32_t group = 0;
     for (uint32_t rest = left; rest; rest &= rest - 1) {
       const int l = __builtin_ctz(rest);
-      if (masks[l] == mask) group |= 1u << l;
+      if (masks[l] == masks[first]) group |= 1u << l;
     }
+    const uint32_t mask = c.machine->options.strict ? masks[first] : masks[first] & c.warp->live;  // devices forget lanes that have exited
     left &= ~group;
     if (group & ~mask) fail("lanes 0x%08x execute with the member mask 0x%08x, which does not name them", group & ~mask, mask);
     if (mask & ~c.warp->live) fail("the member mask 0x%08x names lanes 0x%08x, which have exited or do not exist", mask, mask & ~c.warp->live);

@@ -1,6 +1,8 @@
 // wgmma: products of a warpgroup from shared memory, asynchronous until wgmma.wait_group. PTX ISA 9.7.15.
 // Each warp computes its own 16 rows when it executes the instruction; that all four warps of the group execute it in the
 // same order is not checked. Sums as in matrix.cpp.
+#include <algorithm>
+
 #include "formats.h"
 #include "layout.h"
 #include "decode.h"
@@ -121,6 +123,7 @@ Step multiply(Ctx& c, const Instr& in) {
   const std::shared_ptr<JobState> before = c.warp->last_product;  // products of a warp follow each other
   c.warp->last_product = job;
   c.warp->products[0].open.push_back(job);
+  c.warp->flights.push_back({c.regs, &in, x.d_regs, x.a_in_registers ? 4 : 0, job, {}});
   const auto ready = [before] { return !before || before->done; };
   submit(c, job, [&x, slots = in.op, regs = c.regs, la, lb, add = scale != 0](Ctx& later) {
     if (x.d == Type::s32) product<int64_t>(later, x, slots, regs, la, lb, add);
@@ -150,7 +153,36 @@ Step wait(Ctx& c, const Instr& in) {
   }
   while (g.committed.size() > in.a) {
     if (Watch* watch = watch_of(*c.cta)) for (const auto& job : g.committed.front()) watch->acquire(*c.warp, job->entity);
+    c.warp->flights.erase(c.warp->flights.begin(), c.warp->flights.begin() + static_cast<long>(g.committed.front().size()));
     g.committed.pop_front();
+  }
+  return Step::next;
+}
+
+// Runs before an instruction that touches registers of products. Slots: those of the instruction; in.a: it copies registers.
+// The compiler moves copies of D up to the product, and assigns registers so that this does no harm: a copy waits for the
+// product and is D from then on. Anything else must come after wgmma.wait_group.
+Step before_access(Ctx& c, const Instr& in) {
+  for (Flight& f : c.warp->flights) {
+    if (f.regs != c.regs) continue;
+    const int32_t *d = f.in->op, *a = d + f.d_regs;
+    bool of_d = false, touched = false;
+    for (int i = 0; i < in.count; ++i) {
+      const int32_t s = in.op[i];
+      of_d |= std::find(d, a, s) != a || std::find(f.copies.begin(), f.copies.end(), s) != f.copies.end();
+      touched |= std::find(a, a + f.a_regs, s) != a + f.a_regs;
+    }
+    if (!of_d && !touched) continue;
+    if (of_d && !in.a && c.machine->options.strict) {
+      const Raw& product = c.raw(*f.in);
+      fail("hazard in registers: a result of the product at PTX line %u (%s) is used, and no wgmma.wait_group lies between", product.line, source_of(c.machine->module, product).c_str());
+    }
+    if (!f.job->done) {
+      c.blocked = c.mask;
+      c.why = "a wgmma product whose registers it uses";
+      return Step::block;
+    }
+    if (of_d && in.a) f.copies.push_back(in.op[0]);
   }
   return Step::next;
 }
@@ -197,6 +229,44 @@ void decode_product(Decode& d) {
   d.in.run = multiply;
 }
 }  // namespace
+
+std::vector<bool> product_registers(const Function& f) {
+  std::vector<bool> marked;
+  const auto each = [&](const Arg& a, const auto& visit) {
+    if (a.kind == Arg::reg) visit(a);
+    for (const Arg& part : a.parts) if (part.kind == Arg::reg) visit(part);
+  };
+  for (const Raw& raw : f.statements) {
+    if (raw.op != "wgmma" || raw.args.size() < 2 || raw.mods.empty() || raw.mods[0] != "mma_async") continue;
+    marked.resize(f.registers.size(), false);
+    for (size_t i = 0; i < 2; ++i) each(raw.args[i], [&](const Arg& a) { marked[static_cast<size_t>(a.reg_index)] = true; });
+  }
+  bool grew = !marked.empty();
+  while (grew) {  // copies of copies
+    grew = false;
+    for (const Raw& raw : f.statements) {
+      if (raw.op != "mov" || raw.args.size() != 2) continue;
+      bool from = false;
+      each(raw.args[1], [&](const Arg& a) { from |= marked[static_cast<size_t>(a.reg_index)]; });
+      if (from) each(raw.args[0], [&](const Arg& a) { auto&& m = marked[static_cast<size_t>(a.reg_index)]; grew |= !m; m = true; });
+    }
+  }
+  return marked;
+}
+
+void guard_products(Decode& d, const std::vector<bool>& registers) {
+  if (d.raw.op == "wgmma") return;
+  bool touches = false;
+  for (const Arg& a : d.raw.args) {
+    if (a.kind == Arg::reg) touches |= registers[static_cast<size_t>(a.reg_index)];
+    for (const Arg& part : a.parts) if (part.kind == Arg::reg) touches |= registers[static_cast<size_t>(part.reg_index)];
+  }
+  if (!touches) return;
+  Decode::Prelude check{d.in, d.slots};
+  check.in.run = before_access;
+  check.in.a = d.raw.op == "mov";
+  d.before.insert(d.before.begin(), check);
+}
 
 void add_wgmma(Decoders& t) {
   t["wgmma"] = [](Decode& d) {
