@@ -93,23 +93,27 @@ def _three(value) -> tuple[int, int, int]:
     return value + (1,) * (3 - len(value))
 
 
-TYPES = {"uint8": 0, "uint16": 1, "uint32": 2, "int32": 3, "float16": 6, "float32": 7, "bfloat16": 9}  # of cuTensorMapEncodeTiled
+TYPES = {"uint8": 0, "uint16": 1, "uint32": 2, "int32": 3, "float16": 6, "float32": 7, "bfloat16": 9, "4 bits": 13, "4 bits, 16 to 16 bytes": 14}  # of cuTensorMapEncodeTiled
+SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3, "128 in 32": 4}
 
 
-def tensor_map(array: np.ndarray, box, *, swizzle: int = 0, fill_nan: bool = False, element_strides=None, type_: str | None = None) -> bytes:
-    """A tensor map over a C-contiguous array; `box` and strides count from the innermost dimension; swizzle in bytes."""
+def tensor_map(array: np.ndarray, box, *, swizzle: int | str = 0, fill_nan: bool = False, element_strides=None, type_: str | None = None, dims=None) -> bytes:
+    """A tensor map over a C-contiguous array; `box` and strides count from the innermost dimension; swizzle in bytes.
+
+    `dims`: the dimensions, innermost first, where elements of the type are not those of the array (packed 4-bit types).
+    """
     if ON_DEVICE:
         import sim_device
 
-        return sim_device.tensor_map(array, box, {0: 0, 32: 1, 64: 2, 128: 3}[swizzle], int(fill_nan), element_strides or [1] * array.ndim, TYPES[type_ or array.dtype.name])
+        return sim_device.tensor_map(array, box, SWIZZLES[swizzle], int(fill_nan), element_strides or [1] * array.ndim, TYPES[type_ or array.dtype.name])
     rank, out = array.ndim, ctypes.create_string_buffer(128)
-    dims = (ctypes.c_uint64 * rank)(*array.shape[::-1])
+    dims = (ctypes.c_uint64 * rank)(*(dims or array.shape[::-1]))
     strides = (ctypes.c_uint64 * max(1, rank - 1))(*array.strides[::-1][1:])
     boxes, steps = (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*(element_strides or [1] * rank))
     error = ctypes.create_string_buffer(1024)
     encode = library().dsv4_sim_encode_tiled
     encode.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, *[ctypes.c_void_p] * 5, ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t]
-    if encode(out, TYPES[type_ or array.dtype.name], rank, array.ctypes.data, dims, strides, boxes, steps, {0: 0, 32: 1, 64: 2, 128: 3}[swizzle], int(fill_nan), error, 1024):
+    if encode(out, TYPES[type_ or array.dtype.name], rank, array.ctypes.data, dims, strides, boxes, steps, SWIZZLES[swizzle], int(fill_nan), error, 1024):
         raise SimError(error.value.decode())
     return out.raw
 
@@ -171,6 +175,12 @@ def poisoned(n, kind=np.int32):
 
 def launch(kernel, args, module="warps", **how):
     run(ptx(module), kernel, args, **how)
+
+
+def core_tiles(rows_bytes):
+    """[rows, 32 bytes] to the k-major layout without swizzle: 8 x 16-byte cores, rows by 128 bytes, then the second half."""
+    rows = rows_bytes.shape[0]
+    return np.ascontiguousarray(rows_bytes.reshape(rows // 8, 8, 2, 16).transpose(2, 0, 1, 3)).reshape(-1)
 
 
 def assert_same(got, want, inputs=None):

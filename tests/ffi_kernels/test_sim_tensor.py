@@ -152,3 +152,25 @@ def test_canonical_layouts(swizzle, transposed):
         return
     with pytest.raises(sim.SimError, match="fence.proxy.async"):
         sim.run(sim.ptx("tensor"), "one", [*args, 1], block=128, shared_bytes=3 * 16384)
+
+
+@pytest.mark.parametrize("schedule", ["eager", "lazy", "random seed=1", "random seed=2"])
+@pytest.mark.skipif(sim.ON_DEVICE, reason="a device gives no alarm")
+def test_results_of_wgmma_before_the_wait(schedule, monkeypatch):
+    """The compiler may move a copy of a result across the wait, nothing else."""
+    monkeypatch.setenv("DSV4_SIM", f"schedule={schedule}")
+    a, b = (RNG.integers(-8, 9, (rows, 16)) / 4.0 for rows in (64, 32))
+    place = lambda mn, k: mn % 8 * 16 + mn // 8 * 128 + k // 8 * 2048 + k % 8 * 2
+    one = [laid_out(x.astype(ml_dtypes.bfloat16), place, 16384) for x in (a, b)]
+
+    def go(defect):
+        d = np.zeros((16, 128), np.float32)
+        sim.run(sim.ptx("tensor"), "one", [*one, d, 16384, 16384, 2048, 128, 2048, 128, 0, 0, defect], block=128, shared_bytes=3 * 16384)
+        return d
+
+    np.testing.assert_array_equal(go(3), go(0))
+    for defect in (2, 4):
+        with pytest.raises(sim.SimError, match="no wgmma.wait_group lies between"):
+            go(defect)
+    monkeypatch.setenv("DSV4_SIM", f"schedule={schedule} strict=off")
+    np.testing.assert_array_equal(go(2), go(0))

@@ -110,7 +110,9 @@ extern "C" __global__ void __launch_bounds__(160) gemm_f16(const __grid_constant
 extern "C" __global__ void __launch_bounds__(160) gemm_tf32(const __grid_constant__ Gemm p) { gemm<2>(p, &p.a, &p.b); }
 extern "C" __global__ void __launch_bounds__(160) gemm_e4m3(const __grid_constant__ Gemm p) { gemm<3>(p, &p.a, &p.b); }
 
-// One product of operands that threads have laid out: k-major without swizzle, or mn-major (both transposed).
+// One product of operands that threads have laid out: k-major without swizzle, or mn-major (both transposed). 1: no proxy
+// fence; 2: a result is used before the wait; 3, no defect: a result is copied before the wait, and the copy used after it;
+// 4: such a copy is used before the wait.
 struct One { const uint8_t* a; const uint8_t* b; float* d; int a_bytes, b_bytes, a_leading, a_stride, b_leading, b_stride, swizzle, transposed, defect; };
 extern "C" __global__ void one(const __grid_constant__ One p) {
   extern __shared__ __align__(1024) uint8_t dynamic[];
@@ -126,6 +128,12 @@ extern "C" __global__ void one(const __grid_constant__ One p) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
   if (p.transposed) multiply<32, 4>(d, a, b, 1);
   else multiply<32, 0>(d, a, b, 1);
-  asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  float copy = 0;
+  if (p.defect == 2) asm volatile("add.f32 %0, %0, 0f00000000;" : "+f"(d[0]));
+  if (p.defect >= 3) asm volatile("mov.b32 %0, %1;" : "=f"(copy) : "f"(d[0]));
+  if (p.defect == 4) asm volatile("add.f32 %0, %0, 0f00000000;" : "+f"(copy));
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  if (p.defect >= 3) d[0] = copy;
   for (int i = 0; i < 16; ++i) p.d[i * 128 + threadIdx.x] = d[i];
 }
