@@ -65,13 +65,14 @@ template <class T> T uniform(Ctx& c, const Instr& in, int slot, const char* what
 }
 bool whole(Ctx& c) { return c.mask == kAll || gathered(c, kAll); }
 
+constexpr uint64_t kPairToken = 77;
 // Both CTAs of a pair take part: true once the peer has come as far. The token keeps the arrival.
 bool pair_arrived(Ctx& c) {
   TensorMemory& mine = tensor_of(*c.cta);
   TensorMemory& other = tensor_of(peer_of(c));
   Fragment& f = *c.fragment;
-  if (f.token_what != 77) {
-    f.token_what = 77;
+  if (f.token_what != kPairToken) {
+    f.token_what = kPairToken;
     f.token = ++mine.collective;
     c.machine->event();
   }
@@ -86,22 +87,41 @@ Step alloc(Ctx& c, const Instr& in) {
   if (!whole(c)) return Step::block;
   const uint32_t n = uniform<uint32_t>(c, in, 1, "the number of columns");
   if (n < 32 || n > 512 || (n & (n - 1))) fail("allocates %u columns; it must be a power of two from 32 to 512", n);
-  if (in.a == 2 && !pair_arrived(c)) return Step::block;
   TensorMemory& t = tensor_of(*c.cta);
-  if (t.relinquished) fail("tcgen05.alloc after tcgen05.relinquish_alloc_permit");
-  if (n > t.last_columns) fail("allocates %u columns after %u; allocations must not grow", n, t.last_columns);
-  uint32_t first = 0;
-  for (const auto& [column, count] : t.allocated) {
-    if (first + n <= column) break;
-    first = column + count;
+  t.wanted = n;
+  if (in.a == 2 && !pair_arrived(c)) return Step::block;
+  TensorMemory* other = in.a == 2 ? &tensor_of(peer_of(c)) : nullptr;
+  if (!t.granted) {  // of a pair the first to go on allocates for both, at the same columns
+    uint32_t first = 0;
+    bool moved = true;
+    while (moved) {
+      moved = false;
+      for (TensorMemory* m : {&t, other}) {
+        if (!m) continue;
+        if (m->relinquished) fail("tcgen05.alloc after tcgen05.relinquish_alloc_permit");
+        if (m->wanted != n) fail("allocates %u columns, and its peer CTA %u", n, m->wanted);
+        if (n > m->last_columns) fail("allocates %u columns after %u; allocations must not grow", n, m->last_columns);
+        for (const auto& [column, count] : m->allocated) {
+          if (first < column + count && column < first + n) { first = column + count; moved = true; }
+        }
+      }
+    }
+    if (first + n > kTensorColumns) {  // another warp may free some
+      if (other) { c.fragment->token_what = kPairToken; c.fragment->token = t.collective; }  // it has arrived already
+      c.blocked = c.mask;
+      c.why = "free columns of tensor memory";
+      return Step::block;
+    }
+    for (TensorMemory* m : {&t, other}) {
+      if (!m) continue;
+      m->last_columns = n;
+      m->allocated[first] = n;
+      m->granted = true;
+      m->granted_at = first;
+    }
   }
-  if (first + n > kTensorColumns) {  // another warp may free some
-    c.blocked = c.mask;
-    c.why = "free columns of tensor memory";
-    return Step::block;
-  }
-  t.last_columns = n;
-  t.allocated[first] = n;
+  t.granted = false;
+  const uint32_t first = t.granted_at;
   const uint64_t at = address(c, in, 0, in.c, 0) + static_cast<uint64_t>(in.imm);
   const uint32_t shared = shared_offset(in.c ? at : static_cast<uint32_t>(at));
   std::memcpy(shared_at(c, shared, 4, 4, Access::write, Space::shared), &first, 4);

@@ -13,6 +13,8 @@ struct TensorMemory {
   bool relinquished = false;
   uint32_t last_columns = kTensorColumns;  // allocations do not grow
   uint64_t collective = 0;                 // alloc and dealloc of pairs: how many this CTA has come to
+  uint32_t wanted = 0, granted_at = 0;     // columns of the alloc under way; what it was given
+  bool granted = false;
   JobEntity pipe;                          // operations issued by this CTA follow each other: one entity for all of them
   std::shared_ptr<JobState> last;          // the latest of them
   uint32_t& at(uint32_t lane, uint32_t column) { return words[lane * kTensorColumns + column]; }

@@ -8,7 +8,7 @@ namespace dsv4::sim {
 namespace {
 
 struct Tensor {
-  bool store = false, reduce = false, multicast = false, cluster_target = true;
+  bool store = false, reduce = false, multicast = false, pairs = false, cluster_target = true;
   int rank = 1;
   AtomicOp op = AtomicOp::add;
   bool wide_map = true, wide_shared = false, wide_barrier = false;
@@ -128,8 +128,14 @@ Step copy(Ctx& c, const Instr& in) {
       const uint32_t mask = src<uint32_t>(c, in, 3 + k.rank)[l] & 0xFFFF;
       const auto ctas = static_cast<uint32_t>(c.cta->cluster->ctas.size());
       if (mask >> ctas) fail("the multicast mask 0x%x names CTAs outside the cluster of %u", mask, ctas);
-      for (uint32_t r = 0; r < ctas; ++r) if (mask >> r & 1) one((shared & 0xFFFFFF) | r << 24, (signal & 0xFFFFFF) | r << 24);
-    } else one(shared, signal);
+      // Of a pair the signal goes to the CTA with the parity of the mbarrier that is named.
+      const auto signaled = [&](uint32_t r) { return k.pairs ? (r & ~1u) | (signal >> 24 & 1) : r; };
+      for (uint32_t r = 0; r < ctas; ++r) if (mask >> r & 1) one((shared & 0xFFFFFF) | r << 24, (signal & 0xFFFFFF) | signaled(r) << 24);
+    } else {
+      const uint32_t apart = shared >> 24 ^ signal >> 24;
+      if (apart > (k.pairs ? 1 : 0)) fail("a copy to CTA %u signals an mbarrier of CTA %u; it may be in the same CTA%s", shared >> 24, signal >> 24, k.pairs ? " or its peer" : " alone without .cta_group::2");
+      one(shared, signal);
+    }
     walk(m, x.data(), [&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element, Access::read); });
     submit(c, job, [=, entity = job->entity, watched = watch != nullptr](Ctx& later) {
       static const uint16_t nan16 = 0x7FFF;
@@ -198,7 +204,7 @@ void tensor_copy(Decode& d, bool reduce, bool prefetch) {
   } else {
     d.must({"mbarrier::complete_tx::bytes"});
     k.multicast = d.take("multicast::cluster");
-    if (d.take("cta_group::2")) d.in.b = 1;
+    k.pairs = d.take("cta_group::2");
     d.take("cta_group::1");
     operand(1);
     k.wide_shared = d.memory(0);
