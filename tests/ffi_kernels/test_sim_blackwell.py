@@ -1,4 +1,4 @@
-"""What came with sm_100 beside products of tensor memory: work stealing, packed tensors, rings of stages that commits free."""
+"""What came with sm_100 beside products of tensor memory: work stealing, packed tensors, rings that commits free, pairs."""
 
 import ml_dtypes
 import numpy as np
@@ -108,3 +108,15 @@ def test_a_commit_frees_the_stage_that_copies_fill(schedule, monkeypatch):
     np.testing.assert_array_equal(d, want.astype(np.float32))
     with pytest.raises(sim.SimError, match="hazard|expects|range"):
         sim.run(sim.ptx("blackwell", "sm_100a"), "ring", [*args, 1], block=128)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_pairs_of_ctas(schedule, monkeypatch):
+    monkeypatch.setenv("DSV4_SIM", f"schedule={schedule}")
+    source = RNG.integers(0, 1 << 32, 128).astype(np.uint32)
+    d = np.zeros((4, 4, 32, 4), np.uint32)
+    args = [sim.tensor_map(source, (128,)), d]
+    sim.run(sim.ptx("blackwell", "sm_100a"), "pairs", [*args, 0], grid=4, cluster=4, block=128, memory=[source])
+    np.testing.assert_array_equal(d, np.broadcast_to(source.reshape(32, 4), d.shape))
+    with pytest.raises(sim.SimError, match="it may be in the same CTA or its peer"):
+        sim.run(sim.ptx("blackwell", "sm_100a"), "pairs", [*args, 1], grid=4, cluster=4, block=128, memory=[source])

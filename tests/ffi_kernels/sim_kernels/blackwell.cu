@@ -1,5 +1,5 @@
 // What came with sm_100: clusters that take over others' work, packed 4-bit tensors, a ring of stages that commits of
-// tcgen05 free, lanes of an accumulator left out.
+// tcgen05 free, lanes of an accumulator left out, pairs of CTAs.
 #include <cstdint>
 
 struct alignas(64) Map { uint64_t opaque[16]; };
@@ -131,4 +131,52 @@ extern "C" __global__ void __launch_bounds__(128) ring(const __grid_constant__ R
   asm volatile("tcgen05.fence::before_thread_sync;");
   __syncthreads();
   if (warp == 2) asm volatile("tcgen05.dealloc.cta_group::1.sync.aligned.b32 %0, 32;" ::"r"(d));
+}
+
+// Two pairs of CTAs: one copy to all four signals the odd CTA of each pair; columns that a pair allocates are there for both
+// as soon as one of them goes on, so that its copy into the tensor memory of both needs no barrier in between.
+// 1: the signal goes to a CTA of another pair.
+struct Pairs { Map from; uint32_t* d; int defect; };
+extern "C" __global__ void __launch_bounds__(128) pairs(const __grid_constant__ Pairs p) {
+  __shared__ __align__(128) uint8_t s[512];
+  __shared__ uint64_t full, done;
+  __shared__ uint32_t tensor;
+  uint32_t rank, signal;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  if (threadIdx.x == 0) {
+    init(&full, 1);
+    init(&done, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if (rank & 1) expect(&full, 1024);
+  }
+  cluster_sync();
+  if (rank == 0 && threadIdx.x == 0) {
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(signal) : "r"(at(&full)), "r"(p.defect == 1 ? 3 : 1));
+    if (p.defect == 1) {
+      asm volatile("cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes.cta_group::2 [%0], [%1, {%2}], [%3];" ::"r"(at(s)), "l"(&p.from), "r"(0), "r"(signal) : "memory");
+    } else {
+      asm volatile("cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.cta_group::2 [%0], [%1, {%2}], [%3], %4;" ::"r"(at(s)), "l"(&p.from), "r"(0),
+                   "r"(signal), "h"(uint16_t(15)) : "memory");
+    }
+  }
+  if (rank & 1) wait(&full, 0);
+  cluster_sync();
+  if (threadIdx.x < 32) asm volatile("tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [%0], 32;" ::"r"(at(&tensor)) : "memory");
+  __syncthreads();
+  const uint32_t d = tensor;
+  if (threadIdx.x == 0 && rank % 2 == 0) {
+    const uint64_t from = uint64_t(1) << 46 | uint64_t(8) << 32 | uint64_t(at(s) & 0x3FFFF) >> 4;
+    asm volatile("tcgen05.cp.cta_group::2.32x128b.warpx4 [%0], %1;" ::"r"(d), "l"(from) : "memory");
+    asm volatile("tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.multicast::cluster.b64 [%0], %1;" ::"r"(at(&done)), "h"(uint16_t(3 << rank)) : "memory");
+  }
+  __syncwarp();
+  wait(&done, 0);
+  asm volatile("tcgen05.fence::after_thread_sync;");
+  uint32_t v[4];
+  asm volatile("tcgen05.ld.sync.aligned.32x32b.x4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(d + (threadIdx.x / 32 * 32 << 16)));
+  asm volatile("tcgen05.wait::ld.sync.aligned;");
+  for (int i = 0; i < 4; ++i) p.d[(rank * 128 + threadIdx.x) * 4 + i] = v[i];
+  asm volatile("tcgen05.fence::before_thread_sync;");
+  cluster_sync();
+  if (threadIdx.x < 32) asm volatile("tcgen05.dealloc.cta_group::2.sync.aligned.b32 %0, 32;" ::"r"(d));
 }
