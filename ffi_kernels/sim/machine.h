@@ -86,6 +86,9 @@ struct JobState {  // an asynchronous operation, as its groups see it
   bool done = false;
   JobEntity entity;
 };
+struct Product : JobState {  // of wgmma: done when the parts of all warps of the group are
+  int left = 0, unissued = 0;
+};
 using JobList = std::vector<std::shared_ptr<JobState>>;
 struct Groups {  // of one lane: cp.async or cp.async.bulk
   JobList open;
@@ -117,6 +120,7 @@ struct Warp {
   Groups copies[32], bulk[32], products[1];
   std::shared_ptr<JobState> last_product;
   std::vector<Flight> flights;
+  uint64_t product_count = 0;
   int demoted = -1;
   uint64_t priority = 0;
   bool done() const { return fragments.empty(); }
@@ -131,6 +135,7 @@ struct Cta {
   std::vector<std::unique_ptr<Warp>> warps;
   Barrier barriers[16];
   std::map<uint32_t, Mbarrier> mbarriers;  // by offset in the window
+  std::map<std::pair<uint32_t, uint64_t>, std::shared_ptr<Product>> products;  // by warpgroup and number: not issued by all warps
   bool launches_over = false;              // it knows that no cluster is left to be canceled
   std::shared_ptr<void> tensor;            // TensorMemory, see tcgen05.h
 };

@@ -1,6 +1,6 @@
 // wgmma: products of a warpgroup from shared memory, asynchronous until wgmma.wait_group. PTX ISA 9.7.15.
-// Each warp computes its own 16 rows when it executes the instruction; that all four warps of the group execute it in the
-// same order is not checked. Sums as in matrix.cpp.
+// Each warp computes its own 16 rows when it executes the instruction; wgmma.wait_group waits for the rows of all four.
+// Sums as in matrix.cpp.
 #include <algorithm>
 
 #include "formats.h"
@@ -114,20 +114,33 @@ Step multiply(Ctx& c, const Instr& in) {
   const MatrixLayout la = x.a_in_registers ? MatrixLayout{} : layout_of(uniform(x.d_regs), !x.mn_a), lb = layout_of(uniform(after), !x.mn_b);
   const uint32_t scale = pred(c, in, after + 1);
   if (scale != 0 && scale != kAll) fail("scale-d differs between lanes");
-  auto job = std::make_shared<JobState>();
-  if (Watch* watch = watch_of(*c.cta)) {
-    job->entity = watch->begin(c);
-    if (!x.a_in_registers) gather(c, la, x.a, 16 * static_cast<int>(c.warp->id % 4), 16, x.k, false, nullptr, &job->entity);
-    gather(c, lb, x.b, 0, x.n, x.k, false, nullptr, &job->entity);
+  // The four warps' parts are one operation: who waits for it waits for all of them.
+  std::shared_ptr<Product>& entry = c.cta->products[{c.warp->id / 4, c.warp->product_count++}];
+  if (!entry) {
+    entry = std::make_shared<Product>();
+    entry->left = std::min<int>(4, static_cast<int>(c.cta->warps.size() - c.warp->id / 4 * 4));
+    entry->unissued = entry->left;
+    if (Watch* watch = watch_of(*c.cta)) entry->entity = watch->begin(c);
   }
+  const std::shared_ptr<Product> whole = entry;
+  if (--whole->unissued == 0) c.cta->products.erase({c.warp->id / 4, c.warp->product_count - 1});
+  if (watch_of(*c.cta)) {
+    if (!x.a_in_registers) gather(c, la, x.a, 16 * static_cast<int>(c.warp->id % 4), 16, x.k, false, nullptr, &whole->entity);
+    gather(c, lb, x.b, 0, x.n, x.k, false, nullptr, &whole->entity);
+  }
+  auto job = std::make_shared<JobState>();
   const std::shared_ptr<JobState> before = c.warp->last_product;  // products of a warp follow each other
   c.warp->last_product = job;
-  c.warp->products[0].open.push_back(job);
+  c.warp->products[0].open.push_back(whole);
   c.warp->flights.push_back({c.regs, &in, x.d_regs, x.a_in_registers ? 4 : 0, job, {}});
   const auto ready = [before] { return !before || before->done; };
-  submit(c, job, [&x, slots = in.op, regs = c.regs, la, lb, add = scale != 0](Ctx& later) {
+  submit(c, job, [&x, slots = in.op, regs = c.regs, la, lb, add = scale != 0, whole](Ctx& later) {
     if (x.d == Type::s32) product<int64_t>(later, x, slots, regs, la, lb, add);
     else product<double>(later, x, slots, regs, la, lb, add);
+    if (--whole->left) return;
+    whole->done = true;
+    if (Watch* watch = watch_of(*later.cta)) watch->finish(whole->entity);
+    later.machine->event();
   }, ready);
   return Step::next;
 }
@@ -147,7 +160,7 @@ Step wait(Ctx& c, const Instr& in) {
     for (const auto& job : g.committed[i]) {
       if (job->done) continue;
       c.blocked = c.mask;
-      c.why = "its groups of wgmma products";
+      c.why = "its groups of wgmma products (all four warps must execute them)";
       return Step::block;
     }
   }
