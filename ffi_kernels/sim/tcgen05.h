@@ -2,6 +2,7 @@
 #pragma once
 
 #include "decode.h"
+#include "layout.h"
 
 namespace dsv4::sim {
 
@@ -30,7 +31,8 @@ void issue_tensor_op(Ctx& c, std::function<void(Ctx&)> run);
 JobEntity next_tensor_entity(Ctx& c);
 // Tensor memory in the hazard check: columns by quarters of lanes.
 void touch_tensor(Ctx& c, Cta& cta, uint32_t lanes_from, uint32_t lanes, uint32_t column, uint32_t columns, bool write, const JobEntity* job);
-void decode_tensor_mma(Decode& d);   // tcgen05_mma.cpp
+MatrixLayout tensor_layout_of(uint64_t descriptor, bool k_major);  // tcgen05_copy.cpp
 void decode_tensor_copy(Decode& d);
+void decode_tensor_mma(Decode& d);  // tcgen05_mma.cpp
 
 }  // namespace dsv4::sim

@@ -1,4 +1,5 @@
-// cp.async.bulk.tensor in tile mode: loads with multicast, swizzles and fill out of bounds; stores and reductions.
+// cp.async.bulk.tensor in tile mode and of four rows: loads with multicast, swizzles and fill out of bounds; stores and
+// reductions.
 // PTX ISA 5.5 (boxes, bounds, swizzles) and 9.7.9.27.
 #include "tensor_map.h"
 
@@ -9,6 +10,7 @@ namespace {
 
 struct Tensor {
   bool store = false, reduce = false, multicast = false, pairs = false, cluster_target = true;
+  bool rows = false;  // four rows of a matrix (gather4, scatter4)
   int rank = 1;
   AtomicOp op = AtomicOp::add;
   bool wide_map = true, wide_shared = false, wide_barrier = false;
@@ -73,10 +75,12 @@ Step copy(Ctx& c, const Instr& in) {
   for (int l = 0; l < 32; ++l) {
     if (!(c.mask >> l & 1)) continue;
     const TensorMap m = read_map(c, where(c, in, 0, k.wide_map, k.map, l), k.rank, l);
+    const int given = k.rows ? 5 : k.rank, times = k.rows ? 4 : 1;
     std::vector<int32_t> x(5, 0);
-    for (int d = 0; d < k.rank; ++d) x[static_cast<size_t>(d)] = static_cast<int32_t>(src<uint32_t>(c, in, 1 + d)[l]);
-    const uint32_t shared = shared_offset(where(c, in, 1 + k.rank, k.wide_shared, k.shared, l));
-    const uint64_t moved = elements(m) * m.element, bytes = elements(m) * m.held;  // in global and in shared memory
+    for (int d = 0; d < given; ++d) x[static_cast<size_t>(d)] = static_cast<int32_t>(src<uint32_t>(c, in, 1 + d)[l]);
+    const uint32_t shared = shared_offset(where(c, in, 1 + given, k.wide_shared, k.shared, l));
+    if (k.rows && m.box[1] != 1) fail("copies four rows with a box of %u rows; it must be 1", m.box[1]);
+    const uint64_t moved = times * elements(m) * m.element, bytes = times * elements(m) * m.held;  // in global and in shared memory
     if (m.pack > 1) {
       const int step = m.held != m.element ? 128 : m.pack;
       if (x[0] % step) fail("the first coordinate is %d; in a tensor of packed elements it must be a multiple of %d", x[0], step);
@@ -86,18 +90,25 @@ Step copy(Ctx& c, const Instr& in) {
     Watch* watch = watch_of(*c.cta);
     auto job = std::make_shared<JobState>();
     if (watch) job->entity = watch->begin(c);
+    const auto each = [m, x, rows = k.rows](auto f) {
+      if (!rows) return walk(m, x.data(), f);
+      for (uint32_t r = 0; r < 4; ++r) {
+        const int32_t row[] = {x[0], x[1 + r]};
+        walk(m, row, [&](uint64_t g, uint32_t offset) { f(g, offset + r * m.box[0] * m.held); });
+      }
+    };
     const auto base = [&](uint32_t at, Access access) { return shared_at(c, at, bytes, 128, access, k.cluster_target ? Space::cluster : Space::shared); };
     // The swizzle permutes the 16-byte pieces of a row by bits of the address itself, so any multiple of 128 may start a box.
     const auto place = [m](uint32_t at, uint32_t offset) { return static_cast<int64_t>(swizzled((at & 0xFFFFFF) + offset, m)) - static_cast<int64_t>(at & 0xFFFFFF); };
     if (k.store) {
       uint8_t* s = base(shared, Access::read);
       if (watch) watch->job_touch(c, job->entity, *c.cta, (shared & 0xFFFFFF) - kSharedBase, bytes, false, true);
-      walk(m, x.data(), [&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element, k.reduce ? Access::both : Access::write); });
+      each([&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element, k.reduce ? Access::both : Access::write); });
       const Type type = k.reduce ? reduced_type(m, k.op) : Type::none;
       if (k.reduce && type == Type::none) fail("a reduction of this tensor's type is not modelled");
       add_to_group(c, job, 1u << l, true);
       submit(c, job, [=, &k](Ctx&) {
-        walk(m, x.data(), [&](uint64_t g, uint32_t offset) {
+        each([&](uint64_t g, uint32_t offset) {
           if (!g) return;
           const uint8_t* from = s + place(shared, offset);
           auto* to = reinterpret_cast<uint8_t*>(g);
@@ -123,9 +134,9 @@ Step copy(Ctx& c, const Instr& in) {
       }
       targets.push_back({p, at, &b});
     };
-    const uint32_t signal = shared_offset(where(c, in, 2 + k.rank, k.wide_barrier, k.barrier, l));
+    const uint32_t signal = shared_offset(where(c, in, 2 + given, k.wide_barrier, k.barrier, l));
     if (k.multicast) {
-      const uint32_t mask = src<uint32_t>(c, in, 3 + k.rank)[l] & 0xFFFF;
+      const uint32_t mask = src<uint32_t>(c, in, 3 + given)[l] & 0xFFFF;
       const auto ctas = static_cast<uint32_t>(c.cta->cluster->ctas.size());
       if (mask >> ctas) fail("the multicast mask 0x%x names CTAs outside the cluster of %u", mask, ctas);
       // Of a pair the signal goes to the CTA with the parity of the mbarrier that is named.
@@ -136,11 +147,11 @@ Step copy(Ctx& c, const Instr& in) {
       if (apart > (k.pairs ? 1 : 0)) fail("a copy to CTA %u signals an mbarrier of CTA %u; it may be in the same CTA%s", shared >> 24, signal >> 24, k.pairs ? " or its peer" : " alone without .cta_group::2");
       one(shared, signal);
     }
-    walk(m, x.data(), [&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element, Access::read); });
+    each([&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element, Access::read); });
     submit(c, job, [=, entity = job->entity, watched = watch != nullptr](Ctx& later) {
       static const uint16_t nan16 = 0x7FFF;
       for (const Target& t : targets) {
-        walk(m, x.data(), [&](uint64_t g, uint32_t offset) {
+        each([&](uint64_t g, uint32_t offset) {
           uint8_t* to = t.to + place(t.at, offset);
           if (m.held != m.element) std::memset(to + m.element, kPoison, m.held - m.element);
           if (g) std::memcpy(to, reinterpret_cast<const uint8_t*>(g), m.element);
@@ -163,17 +174,21 @@ void tensor_copy(Decode& d, bool reduce, bool prefetch) {
   Tensor k;
   k.reduce = reduce;
   k.rank = 1 + d.must({"1d", "2d", "3d", "4d", "5d"});
+  const bool gather = d.take("tile::gather4"), scatter = d.take("tile::scatter4");
+  k.rows = gather || scatter;
+  if (k.rows && k.rank != 2) d.wrong("rows are of a matrix: .2d");
+  const size_t given = k.rows ? 5 : static_cast<size_t>(k.rank);
   const auto operand = [&](size_t i) {  // [map, {coordinates}]
     const Arg& a = d.arg(i);
-    if (a.kind != Arg::memory || a.parts.size() != 2 || a.parts[1].kind != Arg::vector || a.parts[1].parts.size() != static_cast<size_t>(k.rank)) {
-      d.wrong("needs [map, {" + std::to_string(k.rank) + " coordinates}]");
+    if (a.kind != Arg::memory || a.parts.size() != 2 || a.parts[1].kind != Arg::vector || a.parts[1].parts.size() != given) {
+      d.wrong("needs [map, {" + std::to_string(given) + " coordinates}]");
     }
     k.wide_map = d.wide(a.parts[0]);
     k.map = a.offset;
     if (!k.wide_map) d.wrong("the address of a tensor map has 64 bits");
     for (const Arg& x : a.parts[1].parts) d.src(x, Type::b32);
   };
-  for (const char* mode : {"im2col", "im2col::w", "im2col::w::128", "tile::gather4", "tile::scatter4", "im2col_no_offs"}) if (d.take(mode)) d.wrong("only tile mode is modelled");
+  for (const char* mode : {"im2col", "im2col::w", "im2col::w::128", "im2col_no_offs"}) if (d.take(mode)) d.wrong("only tile mode is modelled");
   d.take("tile");
   const bool hint = d.take("L2::cache_hint");
   if (prefetch) {
@@ -192,6 +207,7 @@ void tensor_copy(Decode& d, bool reduce, bool prefetch) {
   d.take("global");
   k.cluster_target = d.must({"shared::cta", "shared::cluster"}) == 1;
   k.store = global_at < shared_at;
+  if ((k.store && gather) || (!k.store && scatter)) d.wrong("loads gather, stores scatter");
   if (reduce && !k.store) d.wrong("reduces into global memory");
   if (reduce) k.op = atomic_op(d);
   if (k.store) {
