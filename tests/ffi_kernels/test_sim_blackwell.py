@@ -120,3 +120,23 @@ def test_pairs_of_ctas(schedule, monkeypatch):
     np.testing.assert_array_equal(d, np.broadcast_to(source.reshape(32, 4), d.shape))
     with pytest.raises(sim.SimError, match="it may be in the same CTA or its peer"):
         sim.run(sim.ptx("blackwell", "sm_100a"), "pairs", [*args, 1], grid=4, cluster=4, block=128, memory=[source])
+
+
+@pytest.mark.parametrize("swizzle", [0, 128])
+def test_four_rows(swizzle):
+    source, back = RNG.integers(0, 1 << 16, (20, 128)).astype(np.uint16), np.zeros((20, 128), np.uint16)
+    chosen, x = [17, 3, 30, 4], 64  # row 30 does not exist
+    seen = np.zeros(4 * 128, np.uint8)
+    maps = [sim.tensor_map(a, (64, 1), swizzle=swizzle) for a in (source, back)]
+    sim.run(sim.ptx("blackwell", "sm_100a"), "rows", [*maps, seen, x, *chosen, seen.nbytes], shared_bytes=1024, memory=[source, back])
+    want = np.stack([source[r, x:] if r < 20 else np.zeros(64, np.uint16) for r in chosen])
+    linear = np.arange(seen.size)
+    np.testing.assert_array_equal(seen[linear ^ (linear >> 7 & (7 if swizzle else 0)) << 4].view(np.uint16).reshape(4, 64), want)
+    expected = np.zeros_like(back)
+    for r, row in zip(chosen[::-1], want):
+        if r < 20:
+            expected[r, x:] = row
+    np.testing.assert_array_equal(back, expected)
+    with pytest.raises(sim.SimError, match="it must be 1"):
+        wide = [sim.tensor_map(a, (64, 2)) for a in (source, back)]
+        sim.run(sim.ptx("blackwell", "sm_100a"), "rows", [*wide, seen, x, *chosen, seen.nbytes], shared_bytes=1024, memory=[source, back])

@@ -38,7 +38,7 @@ def elements(kind, shape):
     return E2M1[codes], codes[..., 0::2] | codes[..., 1::2] << 4
 
 
-def product(kind, m, n, steps, pair=False, defect=0):
+def product(kind, m, n, steps, pair=False, defect=0, ws=""):
     """Runs a tile of D [m, n] over `steps` steps of 32 bytes; returns what tensor memory holds and A B^T, scaled."""
     k = {"bf16": 16, "nvfp4": 64}.get(kind, 32)
     (a, a_bytes), (b, b_bytes) = (elements(kind, (rows, k * steps)) for rows in (m, n))
@@ -71,7 +71,8 @@ def product(kind, m, n, steps, pair=False, defect=0):
         idesc = 1 << 7 | 1 << 10 | n // 8 << 17 | m // 128 << 27
     else:
         idesc = 1 << 23 | n // 8 << 17 | m // 128 << 27 | CODES[kind] << 7 | CODES[kind] << 10
-    columns = n // 2 if pair and m == 128 else n
+    parts = 128 // m if ws else 2 if pair and m == 128 else 1  # of the columns, in lanes of their own
+    columns = n // parts
     d = np.zeros((ctas, 128, columns), np.uint32)
     rows_a, rows_b = m // ctas, n // ctas
     # the leading stride separates the two 16-byte columns: it differs between A and B, so both use the larger one
@@ -86,10 +87,12 @@ def product(kind, m, n, steps, pair=False, defect=0):
 
     memory_a, memory_b = spread(memory_a, rows_a), spread(memory_b, rows_b)
     args = [memory_a, memory_b, scales, d, memory_a.shape[1], memory_b.shape[1], steps, 2 * leading, 2 * leading, *tiles, columns, leading, 128, 0, idesc, defect]
-    sim.run(sim.ptx("tcgen", "sm_100a"), f"tile_{'mxfp8' if kind in NARROW else kind}{'_pair' if pair else ''}", args, grid=ctas, cluster=ctas, block=128,
+    sim.run(sim.ptx("tcgen", "sm_100a"), f"tile_{'mxfp8' if kind in NARROW else kind}{'_pair' if pair else ws}", args, grid=ctas, cluster=ctas, block=128,
             shared_bytes=memory_a.shape[1] + memory_b.shape[1] + max(512, scales.shape[1]))
     want = a @ b.T
-    if m == 64:
+    if ws:
+        got = np.concatenate(np.split(d.view(np.float32)[0], parts), 1)
+    elif m == 64:
         got = d.view(np.float32)[0].reshape(4, 32, n)[:, :16].reshape(64, n)
     elif pair and m == 128:
         got = np.concatenate([np.concatenate([x[:64], x[64:]], 1) for x in d.view(np.float32)])
@@ -131,3 +134,12 @@ def test_devices_ignore_the_quarter_of_an_address(schedule, monkeypatch):
     """Lane 0 for every warp is a defect, unless a kernel relies on devices (strict=off)."""
     monkeypatch.setenv("DSV4_SIM", f"schedule={schedule} strict=off")
     np.testing.assert_array_equal(*product("nvfp4", 128, 64, 2, defect=5))
+
+
+@pytest.mark.parametrize("m, n", [(32, 64), (64, 128), (64, 256), (128, 64)])
+@pytest.mark.parametrize("ws", ["_ws", "_ws_ts"])
+@pytest.mark.parametrize("schedule", ["eager", "lazy", "random seed=3"])
+def test_weight_stationary(m, n, ws, schedule, monkeypatch):
+    """A in shared memory; in tensor memory, once for each part of the columns."""
+    monkeypatch.setenv("DSV4_SIM", f"schedule={schedule}")
+    np.testing.assert_array_equal(*product("bf16", m, n, 2, ws=ws))

@@ -180,3 +180,25 @@ extern "C" __global__ void __launch_bounds__(128) pairs(const __grid_constant__ 
   cluster_sync();
   if (threadIdx.x < 32) asm volatile("tcgen05.dealloc.cta_group::2.sync.aligned.b32 %0, 32;" ::"r"(d));
 }
+
+// Four rows of a matrix into shared memory, and from there to four rows of another.
+struct Rows { Map from, to; uint8_t* seen; int x, rows[4], bytes; };
+extern "C" __global__ void rows(const __grid_constant__ Rows p) {
+  extern __shared__ __align__(1024) uint8_t s[];
+  __shared__ uint64_t bar;
+  if (threadIdx.x == 0) {
+    init(&bar, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    expect(&bar, p.bytes);
+    asm volatile("cp.async.bulk.tensor.2d.shared::cta.global.tile::gather4.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(at(s)), "l"(&p.from), "r"(p.x), "r"(p.rows[0]),
+                 "r"(p.rows[1]), "r"(p.rows[2]), "r"(p.rows[3]), "r"(at(&bar)) : "memory");
+  }
+  __syncthreads();
+  wait(&bar, 0);
+  for (int i = threadIdx.x; i < p.bytes; i += 32) p.seen[i] = s[i];
+  if (threadIdx.x == 0) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile::scatter4.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&p.to), "r"(at(s)), "r"(p.x), "r"(p.rows[3]), "r"(p.rows[2]),
+                 "r"(p.rows[1]), "r"(p.rows[0]) : "memory");
+    asm volatile("cp.async.bulk.commit_group;\n cp.async.bulk.wait_group 0;" ::: "memory");
+  }
+}
