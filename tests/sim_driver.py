@@ -93,7 +93,7 @@ def _three(value) -> tuple[int, int, int]:
     return value + (1,) * (3 - len(value))
 
 
-TYPES = {"uint8": 0, "uint16": 1, "uint32": 2, "int32": 3, "float16": 6, "float32": 7, "bfloat16": 9, "4 bits": 13, "4 bits, 16 to 16 bytes": 14}  # of cuTensorMapEncodeTiled
+TYPES = {"uint8": 0, "uint16": 1, "uint32": 2, "int32": 3, "float16": 6, "float32": 7, "bfloat16": 9, "4 bits": 13, "4 bits, 16 to 16 bytes": 14, "6 bits, 16 to 16 bytes": 15}  # of cuTensorMapEncodeTiled
 SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3, "128 in 32": 4}
 
 

@@ -216,7 +216,8 @@ Step mma(Ctx& c, const Instr& in) {
     if (x.a_in_tensor) p.a_tensor = src<uint32_t>(c, in, 1)[l];
     else p.la = tensor_layout_of(src<uint64_t>(c, in, 1)[l], !p.mn_a);
     p.lb = tensor_layout_of(src<uint64_t>(c, in, 2)[l], !p.mn_b);
-    if (x.vec) { p.scale_a = src<uint32_t>(c, in, 4)[l]; p.scale_b = src<uint32_t>(c, in, 5)[l]; }
+    const uint32_t used = c.machine->options.strict ? ~0u : 0x3FFFFFFFu;  // devices ignore bits 30 and 31 of these addresses
+    if (x.vec) { p.scale_a = src<uint32_t>(c, in, 4)[l] & used; p.scale_b = src<uint32_t>(c, in, 5)[l] & used; }
     if (p.to >> 16 || p.a_tensor >> 16 || p.scale_a >> 16 || p.scale_b >> 16) fail("an operand in tensor memory starts at a lane other than 0, which is not modelled");
     Cta* other = x.group == 2 ? &peer_of(c) : nullptr;
     const int rows = x.group == 2 ? p.m / 2 : p.m;

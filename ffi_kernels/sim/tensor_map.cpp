@@ -12,9 +12,9 @@ std::string sim_encode_tiled(void* map, int type, uint32_t rank, void* address, 
   using sim::text_of;
   struct Kind { uint8_t pack, bytes, held; };
   static const Kind kinds[] = {{1, 1, 1}, {1, 2, 2}, {1, 4, 4}, {1, 4, 4}, {1, 8, 8}, {1, 8, 8}, {1, 2, 2}, {1, 4, 4}, {1, 8, 8}, {1, 2, 2}, {1, 4, 4},
-                               {1, 4, 4}, {1, 4, 4}, {2, 1, 1}, {16, 8, 16}};
-  // u8 u16 u32 s32 u64 s64 f16 f32 f64 bf16 f32-ftz tf32 tf32-ftz 16u4-align8 16u4-align16
-  if (type < 0 || type > 14) return text_of("tensor map: data type %d is not modelled (0 to 14 are)", type);
+                               {1, 4, 4}, {1, 4, 4}, {2, 1, 1}, {16, 8, 16}, {16, 12, 16}};
+  // u8 u16 u32 s32 u64 s64 f16 f32 f64 bf16 f32-ftz tf32 tf32-ftz 16u4-align8 16u4-align16 16u6-align16
+  if (type < 0 || type > 15) return text_of("tensor map: data type %d; it must lie in 0..15", type);
   const Kind kind = kinds[type];
   const bool padded = kind.held != kind.bytes;
   if (rank < 1 || rank > 5) return text_of("tensor map: rank %u; it must lie in 1..5", rank);

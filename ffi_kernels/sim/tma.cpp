@@ -103,7 +103,7 @@ Step copy(Ctx& c, const Instr& in) {
     if (k.store) {
       uint8_t* s = base(shared, Access::read);
       if (watch) watch->job_touch(c, job->entity, *c.cta, (shared & 0xFFFFFF) - kSharedBase, bytes, false, true);
-      each([&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element, k.reduce ? Access::both : Access::write); });
+      each([&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element & -m.element, k.reduce ? Access::both : Access::write); });
       const Type type = k.reduce ? reduced_type(m, k.op) : Type::none;
       if (k.reduce && type == Type::none) fail("a reduction of this tensor's type is not modelled");
       add_to_group(c, job, 1u << l, true);
@@ -147,7 +147,7 @@ Step copy(Ctx& c, const Instr& in) {
       if (apart > (k.pairs ? 1 : 0)) fail("a copy to CTA %u signals an mbarrier of CTA %u; it may be in the same CTA%s", shared >> 24, signal >> 24, k.pairs ? " or its peer" : " alone without .cta_group::2");
       one(shared, signal);
     }
-    each([&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element, Access::read); });
+    each([&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element & -m.element, Access::read); });
     submit(c, job, [=, entity = job->entity, watched = watch != nullptr](Ctx& later) {
       static const uint16_t nan16 = 0x7FFF;
       for (const Target& t : targets) {

@@ -40,15 +40,20 @@ def test_defects_of_work_stealing(defect, words, schedule, monkeypatch):
 
 
 def packed(kind, swizzle, corner, rows=11, width=256, box_rows=8):
-    """(what shared memory holds of a box of 128 elements by box_rows, the nibbles of the tensor)"""
-    codes = RNG.integers(0, 16, (rows, width)).astype(np.uint8)
-    raw = sim_aligned(codes[:, ::2] | codes[:, 1::2] << 4)
-    padded = kind == "4 bits, 16 to 16 bytes"
-    moved, held = 64 * box_rows, (128 if padded else 64) * box_rows
+    """(what shared memory holds of a box of 128 elements by box_rows, the codes of the tensor)"""
+    bits = int(kind[0])
+    codes = RNG.integers(0, 1 << bits, (rows, width)).astype(np.uint8)
+    raw = sim_aligned(packed_bits(codes, bits))
+    padded = "to 16 bytes" in kind
+    moved, held = 16 * bits * box_rows, (128 if padded else 64) * box_rows
     seen = np.zeros(held, np.uint8)
     tensor = sim.tensor_map(raw, (128, box_rows), swizzle=swizzle, type_=kind, dims=(width, rows))
     sim.run(sim.ptx("blackwell", "sm_100a"), "packed", [tensor, seen, *corner, moved, held], shared_bytes=held, memory=[raw])
     return seen, codes
+
+
+def packed_bits(codes, bits):
+    return np.packbits((codes[..., None] >> np.arange(bits) & 1).reshape(codes.shape[0], -1), axis=1, bitorder="little")
 
 
 def sim_aligned(array):
@@ -61,15 +66,15 @@ def sim_aligned(array):
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (128, 2), (128, 6), (0, -3)])
-@pytest.mark.parametrize("kind, swizzle", [("4 bits", 0), ("4 bits", 64), ("4 bits, 16 to 16 bytes", 0), ("4 bits, 16 to 16 bytes", 128), ("4 bits, 16 to 16 bytes", "128 in 32")])
+@pytest.mark.parametrize("kind, swizzle", [("4 bits", 0), ("4 bits", 64), ("4 bits, 16 to 16 bytes", 0), ("4 bits, 16 to 16 bytes", 128), ("4 bits, 16 to 16 bytes", "128 in 32"), ("6 bits, 16 to 16 bytes", 128)])
 def test_packed_boxes(kind, swizzle, corner):
     seen, codes = packed(kind, swizzle, corner)
     want = np.zeros((8, 128), np.uint8)
     low, high = max(0, corner[1]), min(11, corner[1] + 8)
     want[low - corner[1] : high - corner[1]] = codes[low:high, corner[0] : corner[0] + 128]
-    pieces = (want[:, ::2] | want[:, 1::2] << 4).reshape(8, -1, 8)  # of 16 elements
+    pieces = packed_bits(want, int(kind[0])).reshape(8, 8, -1)  # of 16 elements
     if kind != "4 bits":
-        pieces = np.concatenate([pieces, np.full_like(pieces, 0xFD)], 2)  # padding is nobody's: poison
+        pieces = np.concatenate([pieces, np.full((8, 8, 16 - pieces.shape[2]), 0xFD, np.uint8)], 2)  # padding is nobody's: poison
     linear = np.arange(pieces.size)
     mask, bit = {0: (0, 4), 64: (3, 4), 128: (7, 4), "128 in 32": (3, 5)}[swizzle]
     np.testing.assert_array_equal(seen[linear ^ (linear >> 7 & mask) << bit], pieces.ravel())
