@@ -23,8 +23,8 @@ MIN_COPIES, MAX_COPIES = 8, 24  # XLA makes a graph of five launches and more
 SECONDS_PER_CASE = 0.15
 
 
-def chosen(models: str, only: str | None) -> list[tuple[str, Case]]:
-    """(model, case) for models like 'flash,pro' whose 'model/name' matches the regular expression `only`.
+def chosen(models: str, only: str | None, backend: str) -> list[tuple[str, Case]]:
+    """(model, case) for models like 'flash,pro' of the ops that `backend` has, where 'model/name' matches the regular expression `only`.
 
     ValueError if a model is unknown, the expression is broken or nothing matches.
     """
@@ -32,12 +32,13 @@ def chosen(models: str, only: str | None) -> list[tuple[str, Case]]:
     if unknown:
         raise ValueError(f"there are no kernel cases for {', '.join(unknown)}; choose from {', '.join(cases.MODELS)}.")
     every = [(m, case) for m in models.split(",") for case in cases.all_cases(cases.MODELS[m])]
+    every = [(m, case) for m, case in every if dispatch.implements(backend, case.op)]
     try:
         found = [(m, case) for m, case in every if only is None or re.search(only, f"{m}/{case.name}")]
     except re.error as error:
         raise ValueError(f"--only {only!r} is not a regular expression: {error}.") from None
     if not found:
-        raise ValueError(f"--only {only!r} matches none of the {len(every)} cases; try for example 'linear' or 'flash/attention'.")
+        raise ValueError(f"--only {only!r} matches none of the {len(every)} cases of {backend}; try for example 'linear' or 'flash/attention'.")
     return found
 
 
@@ -66,7 +67,7 @@ def check(case: Case, backend: str) -> dict:
 
 def selftest(models: str, only: str | None, backend: str) -> Iterator[dict]:
     """One row per case: model, case, rows, bounds, verdict."""
-    for model, case in chosen(models, only):
+    for model, case in chosen(models, only, backend):
         yield {"model": model, "case": case.name, "rows": case.rows, "bounds": case.bounds, **check(case, backend)}
 
 
@@ -131,7 +132,7 @@ def time_case(case: Case, backend: str, peers: bool = True) -> dict:
 
 def time_cases(models: str, only: str | None, backend: str, peers: bool = True) -> Iterator[dict]:
     """One row per case; a case that fails has its sentence under 'error'."""
-    for model, case in chosen(models, only):
+    for model, case in chosen(models, only, backend):
         row = {"model": model, "case": case.name, "rows": case.rows}
         try:
             yield {**row, **time_case(case, backend, peers)}

@@ -35,6 +35,11 @@ def register(op: str, backend: str, function: Callable) -> None:
     _OPS[backend][op] = function
 
 
+def implements(backend: str, op: str) -> bool:
+    """Whether a backend has `op`, built or not."""
+    return op in _OPS[backend]
+
+
 def backends() -> tuple[str, ...]:
     """Names of the backends that this build has (whether or not their device is here)."""
     return tuple(name for name in _OPS if name == "xla" or library.why_not(name) is None)

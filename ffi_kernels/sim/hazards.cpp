@@ -44,20 +44,31 @@ bool Watch::initialised(Warp& w, uint32_t entity, uint32_t clock) const {
   return entity == self || threads_[self].order.inits.at(entity) >= clock;
 }
 
+void Watch::reach(Ctx& c, const Cta& cta, uint32_t entity, uint32_t clock, const char* what) {
+  const Clock& inits = threads_[entity_of(*c.warp)].order.inits;
+  bool started = false;
+  for (uint32_t w = 0; w < warps_ && !started; ++w) started = inits.at(cta.rank * warps_ + w) > 0;
+  if (!started) {
+    fail("hazard in shared memory: %s CTA %u's shared memory that is not ordered after the start of that CTA (a barrier of the cluster is missing)", what, cta.rank);
+  }
+  remote_[cta.rank][entity] = {c.statement, clock};
+}
+
+void Watch::remote_arrival(Ctx& c, Cta& cta, Order& into) {
+  const JobEntity arrival = begin(c);
+  reach(c, cta, arrival.entity, arrival.clock, "an arrival in");
+  threads_[entity_of(*c.warp)].order.seen.raise(arrival.entity, arrival.clock);
+  into.seen.raise(arrival.entity, arrival.clock);
+  finish(arrival);
+}
+
 void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind, int lane) {
   const uint32_t self = entity_of(*c.warp);
   Thread& me = threads_[self];
   const Raw* raw = c.statement;
   const bool write = kind == Touch::write || kind == Touch::strong_write || kind == Touch::atomic;
   const bool strong = kind != Touch::read && kind != Touch::write;
-  if (&cta != c.cta) {
-    bool started = false;
-    for (uint32_t w = 0; w < warps_ && !started; ++w) started = me.order.inits.at(cta.rank * warps_ + w) > 0;
-    if (!started) {
-      fail("hazard in shared memory: an access of CTA %u's shared memory that is not ordered after the start of that CTA (a barrier of the cluster is missing)", cta.rank);
-    }
-    remote_[cta.rank][self] = {raw, me.clock};
-  }
+  if (&cta != c.cta) reach(c, cta, self, me.clock, "an access of");
   const auto before = [&](const Mark& m) { return m.entity - 1u == self || me.order.seen.at(m.entity - 1u) >= m.clock; };
   for (uint32_t b = offset; b < offset + bytes;) {
     const uint32_t word = b / 4, end = std::min(offset + bytes, (word + 1) * 4);
@@ -143,12 +154,10 @@ JobEntity Watch::again(const JobEntity& job) { return {job.entity, ++job_clock_[
 void Watch::job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, uint64_t bytes, bool write, bool async_proxy) {
   const uint32_t self = entity_of(*c.warp);
   Thread& me = threads_[self];
-  if (&cta != c.cta) {
-    bool started = false;
-    for (uint32_t w = 0; w < warps_ && !started; ++w) started = me.order.inits.at(cta.rank * warps_ + w) > 0;
-    if (!started) fail("hazard in shared memory: a copy to CTA %u's shared memory that is not ordered after the start of that CTA (a barrier of the cluster is missing)", cta.rank);
-    remote_[cta.rank][job.entity] = {c.statement, job.clock};
-  }
+  if (&cta != c.cta) reach(c, cta, job.entity, job.clock, "an asynchronous access of");
+  // One lane issues what other lanes of its warp have prepared; where all issue together, each may mean its own.
+  const int lane = c.mask & (c.mask - 1) ? -1 : __builtin_ctz(c.mask);
+  const auto of_another_lane = [&](const Mark& m) { return lane >= 0 && m.entity - 1u == self && m.lane != lane && m.sync == me.sync; };
   for (uint32_t word = offset / 4; word < (offset + bytes + 3) / 4; ++word) {
     Cell& x = cell(cta, word);
     const auto before = [&](const Mark& m) {
@@ -157,6 +166,9 @@ void Watch::job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, u
     };
     const auto at = static_cast<uint32_t>(bytes);
     if (x.write.entity && !before(x.write)) hazard(c, cta, offset, at, write ? "an asynchronous operation writes" : "an asynchronous operation reads", x.write, "writes", ", with no synchronisation between");
+    if (x.write.entity && of_another_lane(x.write)) {
+      hazard(c, cta, offset, at, write ? "an asynchronous operation writes" : "an asynchronous operation reads", x.write, "writes", ", another lane of the same warp, with no bar.warp.sync between");
+    }
     if (!write && async_proxy && x.write.entity && !x.write.async && x.write.entity <= threads_.size()) {
       const uint32_t e = x.write.entity - 1u;
       if (me.order.proxy.at(e) < x.write.clock) {
@@ -196,6 +208,16 @@ void Watch::acquire(Warp& w, const JobEntity& job) {
   Thread& me = threads_[entity_of(w)];
   me.order.seen.raise(job.entity, job.clock);
   me.order.proxy.raise(job.entity, job.clock);
+}
+void Watch::release_observed(Warp& w, Order& into) {
+  const uint32_t self = entity_of(w);
+  Order known = threads_[self].order;
+  known.seen.set(self, known.proxy.at(self));  // its own accesses up to the last fence.proxy.async
+  into.join(known);
+}
+void Watch::fence_job(Warp& w, const JobEntity& job) {
+  Thread& me = threads_[entity_of(w)];
+  if (const uint32_t clock = me.order.seen.at(job.entity); job.clock && clock) me.fenced.seen.raise(job.entity, clock);
 }
 void Watch::release_relaxed(Warp& w, Order& into) {
   Thread& me = threads_[entity_of(w)];

@@ -32,6 +32,7 @@ class Clock {
     if (o.v_.size() > v_.size()) v_.resize(o.v_.size(), 0);
     for (size_t i = 0; i < o.v_.size(); ++i) if (v_[i] < o.v_[i]) v_[i] = o.v_[i];
   }
+  void set(uint32_t e, uint32_t c) { raise(e, c); v_[e] = c; }
   void clear() { v_.clear(); }
 
  private:
@@ -76,10 +77,13 @@ class Watch {
   void job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, uint64_t bytes, bool write, bool async_proxy);
   void finish(const JobEntity& job) { free_.push_back(job.entity); }
   void acquire(Warp& w, const JobEntity& job);
+  void release_observed(Warp& w, Order& into);  // what asynchronous operations that the warp issues now can rely on
+  void fence_job(Warp& w, const JobEntity& job);  // relaxed arrivals tell of the job too, as far as the warp knows it to be over
   static void release_job(Order& into, const JobEntity& job) { into.seen.raise(job.entity, job.clock); into.proxy.raise(job.entity, job.clock); }
   // Synchronisation of warps.
   void release(Warp& w, Order& into);
   void release_relaxed(Warp& w, Order& into);  // only what an earlier fence has ordered
+  void remote_arrival(Ctx& c, Cta& cta, Order& into);  // on an mbarrier of another CTA, which must not end before
   void init_fence(Warp& w);
   void acquire(Warp& w, const Order& from);
   void fence(Warp& w);
@@ -102,6 +106,7 @@ class Watch {
   [[noreturn]] void hazard(Ctx& c, const Cta& cta, uint32_t offset, uint32_t bytes, const char* what, const Mark& before, const char* did, const char* why);
   std::string name(uint32_t entity) const;
   Cell& cell(const Cta& cta, uint32_t word);
+  void reach(Ctx& c, const Cta& cta, uint32_t entity, uint32_t clock, const char* what);  // another CTA's shared memory
   uint32_t warps_;
   uint32_t words_;
   bool strict_;  // lanes of a warp are ordered by bar.warp.sync alone

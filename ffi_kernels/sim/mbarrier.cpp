@@ -93,9 +93,11 @@ Step inval(Ctx& c, const Instr& in) {
 }
 // Slots: state, [count or bytes], address. in.a: bit 0 expect_tx, bit 1 drop, bit 2 count given, bit 3 relaxed.
 Step arrive(Ctx& c, const Instr& in) {
+  note(c, in);
   const bool operand = in.a & 5;
   return each(c, [&](int l) {
-    Mbarrier& b = mbarrier_at(c, barrier_at(c, in, operand ? 2 : 1, l), static_cast<Space>(in.b));
+    const uint64_t at = barrier_at(c, in, operand ? 2 : 1, l);
+    Mbarrier& b = mbarrier_at(c, at, static_cast<Space>(in.b));
     const uint32_t v = operand ? src<uint32_t>(c, in, 1)[l] : 1;
     if (in.a & 1) {
       if (v > kMost) fail("expects %u bytes; the limit is %u", v, kMost);
@@ -108,6 +110,7 @@ Step arrive(Ctx& c, const Instr& in) {
       if (b.expected < count) fail("drops %u arrivals of an mbarrier that expects %u", count, b.expected);
       b.expected -= count;
     }
+    if (Watch* watch = watch_of(*c.cta); watch && &cta_of(c, shared_offset(at)) != c.cta) watch->remote_arrival(c, cta_of(c, shared_offset(at)), b.next);
     if (Watch* watch = watch_of(*c.cta)) in.a & 8 ? watch->release_relaxed(*c.warp, b.next) : watch->release(*c.warp, b.next);
     mbarrier_arrive(*c.machine, b, count);
   });

@@ -29,6 +29,12 @@ void check_tensor_freed(Cta& cta) {
 
 int decode_cta_group(Decode& d) { return 1 + d.must({"cta_group::1", "cta_group::2"}); }
 
+void same_group(Ctx& c, int group) {
+  int& first = tensor_of(*c.cta).group;
+  if (first && first != group) fail(".cta_group::%d after .cta_group::%d; all tcgen05 instructions of a kernel must name the same", group, first);
+  first = group;
+}
+
 void touch_tensor(Ctx& c, Cta& cta, uint32_t lane, uint32_t lanes, uint32_t column, uint32_t columns, bool write, const JobEntity* job) {
   Watch* watch = watch_of(*c.cta);
   if (!watch) return;
@@ -85,6 +91,7 @@ bool pair_arrived(Ctx& c) {
 // Slots: address, columns. in.a: cta_group; in.c: wide address
 Step alloc(Ctx& c, const Instr& in) {
   if (!whole(c)) return Step::block;
+  same_group(c, in.a);
   const uint32_t n = uniform<uint32_t>(c, in, 1, "the number of columns");
   if (n < 32 || n > 512 || (n & (n - 1))) fail("allocates %u columns; it must be a power of two from 32 to 512", n);
   TensorMemory& t = tensor_of(*c.cta);
@@ -131,6 +138,7 @@ Step alloc(Ctx& c, const Instr& in) {
 }
 Step dealloc(Ctx& c, const Instr& in) {
   if (!whole(c)) return Step::block;
+  same_group(c, in.a);
   const uint32_t first = uniform<uint32_t>(c, in, 0, "the address"), n = uniform<uint32_t>(c, in, 1, "the number of columns");
   if (in.a == 2 && !pair_arrived(c)) return Step::block;
   TensorMemory& t = tensor_of(*c.cta);
@@ -142,8 +150,9 @@ Step dealloc(Ctx& c, const Instr& in) {
   c.machine->event();
   return Step::next;
 }
-Step relinquish(Ctx& c, const Instr&) {
+Step relinquish(Ctx& c, const Instr& in) {
   if (!whole(c)) return Step::block;
+  same_group(c, in.a);
   tensor_of(*c.cta).relinquished = true;
   return Step::next;
 }
@@ -161,8 +170,10 @@ template <bool Store> Step move(Ctx& c, const Instr& in) {
   }
   check_columns(*c.cta, column, columns, Store ? "a store" : "a load");
   note(c, in);
-  touch_tensor(c, *c.cta, lane0, in.b ? 16 : 32, column, columns, Store, nullptr);
   TensorMemory& t = tensor_of(*c.cta);
+  JobEntity& job = t.moves[Store][c.warp->id];
+  if (Watch* watch = watch_of(*c.cta)) job = job.clock ? watch->again(job) : watch->begin(c);
+  touch_tensor(c, *c.cta, lane0, in.b ? 16 : 32, column, columns, Store, &job);
   for (int r = 0; r < n; ++r) {
     for (uint32_t l = 0; l < 32; ++l) {
       uint32_t& word = in.b ? t.at(lane0 + l / 4 + 8 * (r / 2 & 1), column + static_cast<uint32_t>(r / 4) * 8 + l % 4 * 2 + (r & 1)) : t.at(lane0 + l, column + static_cast<uint32_t>(r));
@@ -172,12 +183,27 @@ template <bool Store> Step move(Ctx& c, const Instr& in) {
   }
   return Step::next;
 }
-Step wait(Ctx& c, const Instr&) { return whole(c) ? Step::next : Step::block; }  // loads and stores are done when issued
-Step fence(Ctx&, const Instr&) { return Step::next; }
+// Loads and stores are done when issued, but in order before others only from here on. in.a: stores
+Step wait(Ctx& c, const Instr& in) {
+  if (!whole(c)) return Step::block;
+  const JobEntity job = tensor_of(*c.cta).moves[in.a][c.warp->id];
+  if (Watch* watch = watch_of(*c.cta); watch && job.clock) watch->acquire(*c.warp, job);
+  return Step::next;
+}
+// in.a: before_thread_sync, which a relaxed arrival needs. The other fence is not checked: CUTLASS does without.
+Step fence(Ctx& c, const Instr& in) {
+  Watch* watch = watch_of(*c.cta);
+  if (!watch || !in.a) return Step::next;
+  TensorMemory& t = tensor_of(*c.cta);
+  for (auto& moves : t.moves) watch->fence_job(*c.warp, moves[c.warp->id]);
+  for (auto& cta : c.cta->cluster->ctas) watch->fence_job(*c.warp, tensor_of(*cta).pipe);
+  return Step::next;
+}
 
-// Slots: barrier, [cta mask]. in.a: multicast; in.b: space
+// Slots: barrier, [cta mask]. in.a: multicast; in.b: cta_group
 Step commit(Ctx& c, const Instr& in) {
   note(c, in);
+  same_group(c, in.b);
   for (int l = 0; l < 32; ++l) {
     if (!(c.mask >> l & 1)) continue;
     uint64_t at = address(c, in, 0, in.c, l) + static_cast<uint64_t>(in.imm);
@@ -191,11 +217,11 @@ Step commit(Ctx& c, const Instr& in) {
       for (uint32_t r = 0; r < ctas; ++r) if (mask >> r & 1) barriers.push_back(&mbarrier_at(c, (signal & 0xFFFFFF) | r << 24, Space::cluster));
     } else barriers.push_back(&mbarrier_at(c, signal, Space::cluster));
     const JobEntity pipe = tensor_of(*c.cta).pipe;
-    Order known;  // whoever waits for this comes after what came before the issue: the copies that the products read, say
-    if (Watch* watch = watch_of(*c.cta)) watch->release(*c.warp, known);
-    issue_tensor_op(c, [barriers, pipe, known](Ctx& later) {
+    Order observed;  // what the operations read was complete before them
+    if (Watch* watch = watch_of(*c.cta)) c.machine->options.strict ? watch->release_observed(*c.warp, observed) : watch->release(*c.warp, observed);
+    issue_tensor_op(c, [barriers, pipe, observed](Ctx& later) {
       for (Mbarrier* b : barriers) {
-        b->next.join(known);
+        b->next.join(observed);
         if (pipe.clock) Watch::release_job(b->next, pipe);
         mbarrier_arrive(*later.machine, *b, 1);
       }
@@ -235,7 +261,8 @@ void add_tcgen05(Decoders& t) {
       if (columns) d.src(1, Type::b32);
       d.in.run = run;
     };
-    switch (d.must({"alloc", "dealloc", "relinquish_alloc_permit", "ld", "st", "wait::ld", "wait::st", "commit", "fence::before_thread_sync", "fence::after_thread_sync", "mma", "cp"})) {
+    const int what = d.must({"alloc", "dealloc", "relinquish_alloc_permit", "ld", "st", "wait::ld", "wait::st", "commit", "fence::before_thread_sync", "fence::after_thread_sync", "mma", "cp"});
+    switch (what) {
       case 0: return collective(alloc, true, true);
       case 1: return collective(dealloc, true, false);
       case 2: return collective(relinquish, false, false);
@@ -243,10 +270,11 @@ void add_tcgen05(Decoders& t) {
       case 4: return decode_move(d, true);
       case 5: case 6:
         if (!d.take("sync") || !d.take("aligned")) d.wrong("needs .sync.aligned");
+        d.in.a = what == 6;
         d.in.run = wait;
         return;
       case 7: {
-        decode_cta_group(d);
+        d.in.b = static_cast<uint16_t>(decode_cta_group(d));
         if (!d.take("mbarrier::arrive::one")) d.wrong("needs .mbarrier::arrive::one");
         d.ignore({"shared::cluster", "b64"});
         d.in.a = d.take("multicast::cluster");
@@ -255,7 +283,7 @@ void add_tcgen05(Decoders& t) {
         d.in.run = commit;
         return;
       }
-      case 8: case 9: d.in.run = fence; return;
+      case 8: case 9: d.in.a = what == 8; d.in.run = fence; return;
       case 10: return decode_tensor_mma(d);
       default: return decode_tensor_copy(d);
     }

@@ -18,6 +18,7 @@ struct Copy { int rows, bytes, group, replicas; };
 Step copy(Ctx& c, const Instr& in) {  // slots: tensor address, descriptor
   const Copy k = *static_cast<const Copy*>(in.extra);
   note(c, in);
+  same_group(c, k.group);
   for (int l = 0; l < 32; ++l) {
     if (!(c.mask >> l & 1)) continue;
     const uint32_t to = src<uint32_t>(c, in, 0)[l] + static_cast<uint32_t>(in.imm);

@@ -202,6 +202,7 @@ template <class Sum> void multiply(Ctx& c, const Product& p, Cta& cta, Cta* othe
 Step mma(Ctx& c, const Instr& in) {
   const Mma& x = *static_cast<const Mma*>(in.extra);
   note(c, in);
+  same_group(c, x.group);
   for (int l = 0; l < 32; ++l) {
     if (!(c.mask >> l & 1)) continue;
     Product p = read(x, src<uint32_t>(c, in, 3)[l]);

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "launch.h"
 #include "module.h"
 
 namespace dsv4 {
@@ -56,6 +57,10 @@ std::string sim_encode_tiled(void* map, int type, uint32_t rank, void* address, 
   std::memset(map, 0, 128);
   std::memcpy(map, &m, sizeof m);
   return "";
+}
+
+std::string sim_encode(const TensorMapArguments& t, void* map) {
+  return sim_encode_tiled(map, t.type, t.rank, t.address, t.dims, t.strides, t.box, t.kElementStrides, t.kInterleave, t.swizzle, t.kPromotion, t.kFill);
 }
 
 }  // namespace dsv4

@@ -126,6 +126,9 @@ Step copy(Ctx& c, const Instr& in) {
     std::vector<Target> targets;
     const Space target = k.cluster_target ? Space::cluster : Space::shared;
     const auto one = [&](uint32_t at, uint32_t signal) {
+      if (const uint32_t to = at >> 24, of = signal >> 24; to != of && (!k.pairs || to != (of ^ 1))) {
+        fail("a tensor copy to CTA %u signals an mbarrier of CTA %u; %s", to, of, k.pairs ? "with .cta_group::2 it may be one of the pair's other CTA" : "it must be of the same CTA, or with .cta_group::2 of its pair");
+      }
       Mbarrier& b = mbarrier_at(c, signal, target);
       uint8_t* p = base(at, Access::write);
       if (watch) {
@@ -142,11 +145,7 @@ Step copy(Ctx& c, const Instr& in) {
       // Of a pair the signal goes to the CTA with the parity of the mbarrier that is named.
       const auto signaled = [&](uint32_t r) { return k.pairs ? (r & ~1u) | (signal >> 24 & 1) : r; };
       for (uint32_t r = 0; r < ctas; ++r) if (mask >> r & 1) one((shared & 0xFFFFFF) | r << 24, (signal & 0xFFFFFF) | signaled(r) << 24);
-    } else {
-      const uint32_t apart = shared >> 24 ^ signal >> 24;
-      if (apart > (k.pairs ? 1 : 0)) fail("a copy to CTA %u signals an mbarrier of CTA %u; it may be in the same CTA%s", shared >> 24, signal >> 24, k.pairs ? " or its peer" : " alone without .cta_group::2");
-      one(shared, signal);
-    }
+    } else one(shared, signal);
     each([&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element & -m.element, Access::read); });
     submit(c, job, [=, entity = job->entity, watched = watch != nullptr](Ctx& later) {
       static const uint16_t nan16 = 0x7FFF;

@@ -123,7 +123,7 @@ def test_pairs_of_ctas(schedule, monkeypatch):
     args = [sim.tensor_map(source, (128,)), d]
     sim.run(sim.ptx("blackwell", "sm_100a"), "pairs", [*args, 0], grid=4, cluster=4, block=128, memory=[source])
     np.testing.assert_array_equal(d, np.broadcast_to(source.reshape(32, 4), d.shape))
-    with pytest.raises(sim.SimError, match="it may be in the same CTA or its peer"):
+    with pytest.raises(sim.SimError, match="it may be one of the pair's other CTA"):
         sim.run(sim.ptx("blackwell", "sm_100a"), "pairs", [*args, 1], grid=4, cluster=4, block=128, memory=[source])
 
 

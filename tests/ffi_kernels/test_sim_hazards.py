@@ -11,7 +11,8 @@ A = np.arange(1024, dtype=np.int32) * 7 % 1013
 
 def shape(kernel):
     return {"reduce": dict(block=128), "exchange": dict(block=64), "copies": dict(block=64), "stages": dict(block=64), "stores": dict(block=128),
-            "peers": dict(grid=4, cluster=2), "habits": dict(block=64), "flag": dict(block=64), "handover": dict(grid=5)}[kernel]  # fmt: skip
+            "peers": dict(grid=4, cluster=2), "habits": dict(block=64), "arrivals": dict(grid=2, cluster=2), "flag": dict(block=64),
+            "handover": dict(grid=5)}[kernel]  # fmt: skip
 
 
 def wanted(kernel):
@@ -28,6 +29,8 @@ def wanted(kernel):
         d[:256] = A[:256] + 1
     elif kernel == "peers":
         d[:128] = A[:128].reshape(2, 2, 32)[:, ::-1, ::-1].ravel()
+    elif kernel == "arrivals":
+        d[:64] = A[:64]
     elif kernel == "flag":
         d[:32] = A[31::-1]
     else:
@@ -42,7 +45,7 @@ def launch(kernel, defect, arch="sm_90a"):
     return d
 
 
-@pytest.mark.parametrize("kernel", ["reduce", "exchange", "copies", "stages", "stores", "peers", "flag", "handover"])
+@pytest.mark.parametrize("kernel", ["reduce", "exchange", "copies", "stages", "stores", "peers", "arrivals", "flag", "handover"])
 def test_correct_kernels_pass_under_every_schedule(kernel, monkeypatch):
     for schedule in [*SCHEDULES, *(f"schedule=random seed={seed}" for seed in range(100, 150))]:
         monkeypatch.setenv("DSV4_SIM", schedule)
@@ -54,8 +57,8 @@ DEFECTS = [
     ("copies", 1, "has not been waited for"), ("copies", 2, "has not been waited for"), ("copies", 3, "waited for|no synchronisation"), ("stages", 1, "fence.mbarrier_init"),
     ("stages", 2, "mbarrier.init|no mbarrier was initialised"), ("stages", 3, "hazard|expects only"), ("stages", 4, "has not been waited for|no synchronisation"),
     ("stages", 5, "no synchronisation"), ("stages", 6, "deadlock|hazard|expects|range"), ("stages", 7, "deadlock|hazard|expects"), ("stores", 1, "fence.proxy.async"),
-    ("stores", 2, "no synchronisation|fence.proxy.async|waited for"), ("stores", 3, "has not been waited for|no synchronisation"), ("stores", 4, "exits without waiting"),
-    ("peers", 1, "start of that CTA"), ("peers", 2, "no synchronisation|no bar.warp.sync"), ("peers", 3, "has exited|ends while"), ("flag", 1, "no synchronisation"), ("flag", 2, "no synchronisation"),
+    ("stores", 2, "no synchronisation|fence.proxy.async|waited for|no bar.warp.sync"), ("stores", 3, "has not been waited for|no synchronisation"), ("stores", 4, "exits without waiting"),
+    ("peers", 1, "start of that CTA"), ("peers", 2, "no synchronisation|no bar.warp.sync"), ("peers", 3, "has exited|ends while"), ("arrivals", 1, "ends while|has exited"), ("arrivals", 2, "start of that CTA|mbarrier.init|no mbarrier was initialised"), ("flag", 1, "no synchronisation"), ("flag", 2, "no synchronisation"),
     ("handover", 1, "global memory: reads"), ("handover", 2, "global memory: writes"), ("handover", 3, "global memory: reads"),
 ]  # fmt: skip
 

@@ -118,11 +118,11 @@ def test_products(kind, m, n, steps, pair, schedule, monkeypatch):
 
 @pytest.mark.parametrize("defect, words", [
     (1, "fence.proxy.async"), (2, "differ between the quarters|synchronisation|not equal"), (3, "deadlock"), (4, "has not been waited for|no synchronisation"),
-    (5, "reaches lanes"), (6, "without freeing"),
+    (5, "reaches lanes"), (6, "without freeing"), (7, "tensor memory: writes columns .* reads"), (8, "must name the same"),
 ])  # fmt: skip
 @pytest.mark.parametrize("schedule", ["eager", "lazy", "random seed=2"])
 def test_defects(defect, words, schedule, monkeypatch):
-    """No proxy fence; a scale tile left out; no commit; no wait for it; another warp's lanes; no dealloc."""
+    """No proxy fence; a scale tile left out; no commit; no wait for it; another warp's lanes; no dealloc; no wait for loads before it; another cta_group."""
     monkeypatch.setenv("DSV4_SIM", f"schedule={schedule}")
     with pytest.raises((sim.SimError, AssertionError), match=words):
         got, want = product("nvfp4", 128, 64, 2, defect=defect)

@@ -64,6 +64,14 @@ def test_tensor_maps_are_refused(how, words):
         sim.tensor_map(np.zeros((8, 64), np.float16), **how)
 
 
+@pytest.mark.skipif(sim.ON_DEVICE, reason="a fault would end the process on a device")
+def test_a_copy_signals_its_own_cta():
+    source = np.zeros((2, 8, 64), np.float32)
+    maps = [sim.tensor_map(a, (16, 6, 2)) for a in (source, source)]
+    with pytest.raises(sim.SimError, match="a tensor copy to CTA 0 signals an mbarrier of CTA 1; it must be of the same CTA, or with .cta_group::2 of its pair"):
+        sim.run(sim.ptx("tensor"), "foreign", [*maps, np.zeros(64, np.uint8), 0, 0, 0, 768], grid=2, cluster=2, shared_bytes=16384, memory=[source])
+
+
 KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "tf32": np.float32, "e4m3": ml_dtypes.float8_e4m3fn}
 
 

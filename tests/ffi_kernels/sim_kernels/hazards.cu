@@ -113,6 +113,21 @@ extern "C" __global__ void peers(const __grid_constant__ Ints p) {
   p.d[blockIdx.x * 32 + threadIdx.x] = v;
   if (p.n != 3) cluster_sync();
 }
+// Arrivals at the other CTA's mbarrier. 1: a CTA does not wait for those at its own before it ends; 2: no barrier of the cluster at the start.
+extern "C" __global__ void arrivals(const __grid_constant__ Ints p) {
+  __shared__ uint64_t bar;
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  if (threadIdx.x == 0) {
+    init(&bar, 32);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncwarp();
+  if (p.n != 2) cluster_sync();
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote(&bar, rank ^ 1)) : "memory");
+  if (p.n != 1) wait(&bar, 0);
+  p.d[blockIdx.x * 32 + threadIdx.x] = p.a[blockIdx.x * 32 + threadIdx.x];
+}
 // A flag in shared memory. 1: no fence by the writer; 2: none by the reader.
 extern "C" __global__ void flag(const __grid_constant__ Ints p) {
   __shared__ int value[32];

@@ -90,7 +90,8 @@ template <int Kind, int Group> __device__ void tile(const Tile& p) {
       if (Kind == 2 && Group == 2) SCALED(GROUP2, "mxf4nvf4", "4X");
       if (Kind == 3 && Group == 1) SCALED(GROUP1, "mxf8f6f4", "1X");
     }
-    if (Group == 1 && p.defect != 3) asm volatile("tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];" ::"r"(at(&done)) : "memory");
+    if (Group == 1 && p.defect == 8) asm volatile("tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.b64 [%0];" ::"r"(at(&done)) : "memory");
+    else if (Group == 1 && p.defect != 3) asm volatile("tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];" ::"r"(at(&done)) : "memory");
     if (Group == 2) asm volatile("tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.multicast::cluster.b64 [%0], %1;" ::"r"(at(&done)), "h"(uint16_t(3)) : "memory");
   }
   __syncwarp();
@@ -101,7 +102,7 @@ template <int Kind, int Group> __device__ void tile(const Tile& p) {
     uint32_t v[8];
     asm volatile("tcgen05.ld.sync.aligned.32x32b.x8.b32 {%0,%1,%2,%3,%4,%5,%6,%7}, [%8];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]), "=r"(v[4]), "=r"(v[5]), "=r"(v[6]), "=r"(v[7])
                  : "r"((p.defect == 5 ? 0 : lane) + d + c));
-    asm volatile("tcgen05.wait::ld.sync.aligned;");
+    if (p.defect != 7) asm volatile("tcgen05.wait::ld.sync.aligned;");
     for (int i = 0; i < 8; ++i) p.d[(cta * 128 + t) * p.columns + c + i] = v[i];
   }
   asm volatile("tcgen05.fence::before_thread_sync;");

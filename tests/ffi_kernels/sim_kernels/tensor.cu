@@ -37,6 +37,27 @@ extern "C" __global__ void box(const __grid_constant__ Box p) {
   }
 }
 
+// CTA 0 copies a box to its own shared memory and lets CTA 1's mbarrier count the bytes: that takes .cta_group::2, which sm_90 lacks.
+extern "C" __global__ void foreign(const __grid_constant__ Box p) {
+  extern __shared__ __align__(1024) uint8_t dynamic[];
+  __shared__ uint64_t bar;
+  uint32_t rank, other;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  if (threadIdx.x == 0) {
+    init(&bar, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("mapa.shared::cluster.u32 %0, %1, 1;" : "=r"(other) : "r"(at(&bar)));
+  if (rank == 1 && threadIdx.x == 0) expect(&bar, p.bytes);
+  if (rank == 0 && threadIdx.x == 0)
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(at(dynamic)), "l"(&p.from), "r"(p.x), "r"(p.y),
+                 "r"(p.z), "r"(other) : "memory");
+  if (rank == 1) wait(&bar, 0);
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // d[m][n] (f32) = a[m][k] b[n][k]: a warp that loads, a warpgroup that multiplies; tiles of 64 x N x (rows of SW bytes).
 template <int N, int Kind> __device__ void multiply(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {
   static_assert(N == 32);
