@@ -157,7 +157,7 @@ void Watch::job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, u
   if (&cta != c.cta) reach(c, cta, job.entity, job.clock, "an asynchronous access of");
   // One lane issues what other lanes of its warp have prepared; where all issue together, each may mean its own.
   const int lane = c.mask & (c.mask - 1) ? -1 : __builtin_ctz(c.mask);
-  const auto of_another_lane = [&](const Mark& m) { return lane >= 0 && m.entity - 1u == self && m.lane != lane && m.sync == me.sync; };
+  const auto of_another_lane = [&](const Mark& m) { return strict_ && lane >= 0 && m.entity - 1u == self && m.lane != lane && m.sync == me.sync; };
   for (uint32_t word = offset / 4; word < (offset + bytes + 3) / 4; ++word) {
     Cell& x = cell(cta, word);
     const auto before = [&](const Mark& m) {

@@ -132,7 +132,10 @@ Step alloc(Ctx& c, const Instr& in) {
   const uint64_t at = address(c, in, 0, in.c, 0) + static_cast<uint64_t>(in.imm);
   const uint32_t shared = shared_offset(in.c ? at : static_cast<uint32_t>(at));
   std::memcpy(shared_at(c, shared, 4, 4, Access::write, Space::shared), &first, 4);
-  if (watch_of(*c.cta)) touch_memory(c, in, Space::shared, shared, 4, Touch::write, 32);
+  if (Watch* watch = watch_of(*c.cta)) {
+    touch_memory(c, in, Space::shared, shared, 4, Touch::write, 32);
+    watch->warp_sync(*c.warp);  // all lanes allocate, so that each sees the address
+  }
   c.machine->event();
   return Step::next;
 }
@@ -174,6 +177,7 @@ template <bool Store> Step move(Ctx& c, const Instr& in) {
   JobEntity& job = t.moves[Store][c.warp->id];
   if (Watch* watch = watch_of(*c.cta)) job = job.clock ? watch->again(job) : watch->begin(c);
   touch_tensor(c, *c.cta, lane0, in.b ? 16 : 32, column, columns, Store, &job);
+  if (Watch* watch = watch_of(*c.cta); watch && !Store && !c.machine->options.strict) watch->acquire(*c.warp, job);  // devices wait for registers that are used
   for (int r = 0; r < n; ++r) {
     for (uint32_t l = 0; l < 32; ++l) {
       uint32_t& word = in.b ? t.at(lane0 + l / 4 + 8 * (r / 2 & 1), column + static_cast<uint32_t>(r / 4) * 8 + l % 4 * 2 + (r & 1)) : t.at(lane0 + l, column + static_cast<uint32_t>(r));

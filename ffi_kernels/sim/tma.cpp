@@ -129,7 +129,7 @@ Step copy(Ctx& c, const Instr& in) {
       if (const uint32_t to = at >> 24, of = signal >> 24; to != of && (!k.pairs || to != (of ^ 1))) {
         fail("a tensor copy to CTA %u signals an mbarrier of CTA %u; %s", to, of, k.pairs ? "with .cta_group::2 it may be one of the pair's other CTA" : "it must be of the same CTA, or with .cta_group::2 of its pair");
       }
-      Mbarrier& b = mbarrier_at(c, signal, target);
+      Mbarrier& b = mbarrier_at(c, signal, k.pairs ? Space::cluster : target);
       uint8_t* p = base(at, Access::write);
       if (watch) {
         if (!b.fenced) fail("hazard in shared memory: a tensor copy signals the mbarrier at shared address 0x%x, whose mbarrier.init was not followed by fence.mbarrier_init or fence.proxy.async", signal);

@@ -94,16 +94,17 @@ def test_a_packed_box_starts_at_a_whole_pack():
         packed("4 bits, 16 to 16 bytes", 0, (64, 0))
 
 
+@pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_commit_frees_the_stage_that_copies_fill(schedule, monkeypatch):
-    """The thread that fills the stage again has waited for the commit alone: it knows that the earlier copies had ended."""
+def test_a_commit_frees_the_stage_that_copies_fill(schedule, stored, monkeypatch):
+    """Who fills the stage again has waited for the commit alone: it knows that the earlier copies or stores had ended."""
     monkeypatch.setenv("DSV4_SIM", f"schedule={schedule}")
     rounds, n = 5, 32
     a, b = (RNG.integers(-8, 9, (rounds, rows, 16)) / 4.0 for rows in (128, n))
     lay = lambda x: np.stack([sim.core_tiles(part.astype(ml_dtypes.bfloat16).view(np.uint8)) for part in x])
     d = np.zeros((128, n), np.float32)
     args = [lay(a), lay(b), d, rounds]
-    sim.run(sim.ptx("blackwell", "sm_100a"), "ring", [*args, 0], block=128)
+    sim.run(sim.ptx("blackwell", "sm_100a"), "ring", [*args, 2 * stored], block=128)
     want = a[0] @ b[0].T
     first = want.copy()
     for x, y in zip(a[1:], b[1:]):
@@ -111,17 +112,20 @@ def test_a_commit_frees_the_stage_that_copies_fill(schedule, monkeypatch):
     for lanes in (slice(8, 24), slice(64, 96)):
         want[lanes] = first[lanes]
     np.testing.assert_array_equal(d, want.astype(np.float32))
+    if stored:
+        return
     with pytest.raises(sim.SimError, match="hazard|expects|range"):
         sim.run(sim.ptx("blackwell", "sm_100a"), "ring", [*args, 1], block=128)
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_pairs_of_ctas(schedule, monkeypatch):
+def test_pairs_of_ctas(schedule, own, monkeypatch):
     monkeypatch.setenv("DSV4_SIM", f"schedule={schedule}")
     source = RNG.integers(0, 1 << 32, 128).astype(np.uint32)
     d = np.zeros((4, 4, 32, 4), np.uint32)
     args = [sim.tensor_map(source, (128,)), d]
-    sim.run(sim.ptx("blackwell", "sm_100a"), "pairs", [*args, 0], grid=4, cluster=4, block=128, memory=[source])
+    sim.run(sim.ptx("blackwell", "sm_100a"), "pairs", [*args, 2 * own], grid=4, cluster=4, block=128, memory=[source])
     np.testing.assert_array_equal(d, np.broadcast_to(source.reshape(32, 4), d.shape))
     with pytest.raises(sim.SimError, match="it may be one of the pair's other CTA"):
         sim.run(sim.ptx("blackwell", "sm_100a"), "pairs", [*args, 1], grid=4, cluster=4, block=128, memory=[source])

@@ -87,7 +87,7 @@ def test_checks_can_be_switched_off(monkeypatch):
     np.testing.assert_array_equal(launch("exchange", 1), wanted("exchange"))
 
 
-HABITS = [(1, "no synchronisation|no bar.warp.sync"), (2, "have exited or do not exist"), (3, None), (4, "exits without waiting"), (5, "no bar.warp.sync")]
+HABITS = [(1, "no synchronisation|no bar.warp.sync"), (2, "have exited or do not exist"), (3, None), (4, "exits without waiting"), (5, "no bar.warp.sync"), (6, "no bar.warp.sync")]
 
 
 @pytest.mark.parametrize("habit, words", HABITS)
@@ -99,7 +99,8 @@ def test_what_devices_do_beyond_the_isa(habit, words, monkeypatch):
             with pytest.raises(sim.SimError, match=words):
                 launch("habits", habit)
         monkeypatch.setenv("DSV4_SIM", f"{schedule} strict=off")
-        want = {1: np.roll(A[:64], 32), 2: np.where(np.arange(64) < 20, A[:64], 0), 3: np.zeros(64), 4: np.where(np.arange(64) < 32, A[:64], 0), 5: A[:64].reshape(-1, 2)[:, ::-1].ravel()}
+        stored = np.where(np.arange(64) < 32, A[:64], 0)
+        want = {1: np.roll(A[:64], 32), 2: np.where(np.arange(64) < 20, A[:64], 0), 3: np.zeros(64), 4: stored, 6: stored, 5: A[:64].reshape(-1, 2)[:, ::-1].ravel()}
         np.testing.assert_array_equal(launch("habits", habit)[:64], want[habit], err_msg=schedule)
 
 

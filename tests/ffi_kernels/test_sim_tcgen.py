@@ -129,11 +129,12 @@ def test_defects(defect, words, schedule, monkeypatch):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("habit", [5, 7])
 @pytest.mark.parametrize("schedule", ["eager", "random seed=2"])
-def test_devices_ignore_the_quarter_of_an_address(schedule, monkeypatch):
-    """Lane 0 for every warp is a defect, unless a kernel relies on devices (strict=off)."""
+def test_what_devices_do_beyond_the_isa(habit, schedule, monkeypatch):
+    """Lane 0 for every warp, or loads without a wait, are defects, unless a kernel relies on devices (strict=off)."""
     monkeypatch.setenv("DSV4_SIM", f"schedule={schedule} strict=off")
-    np.testing.assert_array_equal(*product("nvfp4", 128, 64, 2, defect=5))
+    np.testing.assert_array_equal(*product("nvfp4", 128, 64, 2, defect=habit))
 
 
 @pytest.mark.parametrize("m, n", [(32, 64), (64, 128), (64, 256), (128, 64)])

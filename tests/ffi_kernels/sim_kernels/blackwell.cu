@@ -77,7 +77,8 @@ extern "C" __global__ void packed(const __grid_constant__ Packed p) {
 
 // D [128][N] += A_r B_r^T over rounds of 16 columns of k in bf16, one warp fetching, one thread multiplying, one stage.
 // Each round halves what was summed before it, and writes lanes 8-23 and 64-95 in the first round alone.
-// 1: the stage is filled again without waiting for the products.
+// 1: the stage is filled again without waiting for the products. 2 is right: two warps store B in turn, where it was copied;
+// that the other one's stores are over they know through the products alone.
 constexpr int kN = 32;
 struct Ring { const uint8_t* a; const uint8_t* b; float* d; int rounds, defect; };
 extern "C" __global__ void __launch_bounds__(128) ring(const __grid_constant__ Ring p) {
@@ -86,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(128) ring(const __grid_constant__ R
   __shared__ uint32_t tensor;
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == 0) {
-    init(&full, 1);
+    init(&full, p.defect == 2 ? 2 : 1);
     init(&empty, 1);
     init(&done, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -97,9 +98,20 @@ extern "C" __global__ void __launch_bounds__(128) ring(const __grid_constant__ R
   if (threadIdx.x == 0) {
     for (int r = 0; r < p.rounds; ++r) {
       if (r && p.defect != 1) wait(&empty, (r - 1) & 1);
-      expect(&full, sizeof sa + sizeof sb);
+      expect(&full, sizeof sa + (p.defect == 2 ? 0 : sizeof sb));
       fetch(sa, p.a + r * sizeof sa, sizeof sa, &full);
-      fetch(sb, p.b + r * sizeof sb, sizeof sb, &full);
+      if (p.defect != 2) fetch(sb, p.b + r * sizeof sb, sizeof sb, &full);
+    }
+  }
+  if (p.defect == 2 && warp >= 2) {
+    for (int r = 0; r < p.rounds; ++r) {
+      if (r) wait(&empty, (r - 1) & 1);
+      if (r % 2 != warp - 2) continue;
+      for (int i = threadIdx.x % 32; i < int(sizeof sb); i += 32) sb[i] = p.b[r * sizeof sb + i];
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at(&full)) : "memory");
+      __syncwarp();
     }
   }
   if (threadIdx.x == 32) {
@@ -135,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(128) ring(const __grid_constant__ R
 
 // Two pairs of CTAs: one copy to all four signals the odd CTA of each pair; columns that a pair allocates are there for both
 // as soon as one of them goes on, so that its copy into the tensor memory of both needs no barrier in between.
-// 1: the signal goes to a CTA of another pair.
+// 1: the signal goes to a CTA of another pair. 2 is right: each CTA copies to itself and signals the odd one of its pair.
 struct Pairs { Map from; uint32_t* d; int defect; };
 extern "C" __global__ void __launch_bounds__(128) pairs(const __grid_constant__ Pairs p) {
   __shared__ __align__(128) uint8_t s[512];
@@ -150,9 +162,11 @@ extern "C" __global__ void __launch_bounds__(128) pairs(const __grid_constant__ 
     if (rank & 1) expect(&full, 1024);
   }
   cluster_sync();
-  if (rank == 0 && threadIdx.x == 0) {
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(signal) : "r"(at(&full)), "r"(p.defect == 1 ? 3 : 1));
-    if (p.defect == 1) {
+  if ((rank == 0 || p.defect == 2) && threadIdx.x == 0) {
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(signal) : "r"(at(&full)), "r"(p.defect == 1 ? 3 : rank | 1));
+    if (p.defect == 2) {
+      asm volatile("cp.async.bulk.tensor.1d.shared::cta.global.mbarrier::complete_tx::bytes.cta_group::2 [%0], [%1, {%2}], [%3];" ::"r"(at(s)), "l"(&p.from), "r"(0), "r"(signal) : "memory");
+    } else if (p.defect == 1) {
       asm volatile("cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes.cta_group::2 [%0], [%1, {%2}], [%3];" ::"r"(at(s)), "l"(&p.from), "r"(0), "r"(signal) : "memory");
     } else {
       asm volatile("cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.cta_group::2 [%0], [%1, {%2}], [%3], %4;" ::"r"(at(s)), "l"(&p.from), "r"(0),
@@ -161,9 +175,13 @@ extern "C" __global__ void __launch_bounds__(128) pairs(const __grid_constant__ 
   }
   if (rank & 1) wait(&full, 0);
   cluster_sync();
-  if (threadIdx.x < 32) asm volatile("tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [%0], 32;" ::"r"(at(&tensor)) : "memory");
+  uint32_t d = 0;
+  if (threadIdx.x < 32) {
+    asm volatile("tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [%0], 32;" ::"r"(at(&tensor)) : "memory");
+    d = tensor;
+  }
   __syncthreads();
-  const uint32_t d = tensor;
+  if (threadIdx.x >= 32) d = tensor;
   if (threadIdx.x == 0 && rank % 2 == 0) {
     const uint64_t from = uint64_t(1) << 46 | uint64_t(8) << 32 | uint64_t(at(s) & 0x3FFFF) >> 4;
     asm volatile("tcgen05.cp.cta_group::2.32x128b.warpx4 [%0], %1;" ::"r"(d), "l"(from) : "memory");
