@@ -88,6 +88,7 @@ struct JobState {  // an asynchronous operation, as its groups see it
 };
 struct Product : JobState {  // of wgmma: done when the parts of all warps of the group are
   int left = 0, unissued = 0;
+  Order met;  // what came before it in the warps that have issued it
 };
 using JobList = std::vector<std::shared_ptr<JobState>>;
 struct Groups {  // of one lane: cp.async or cp.async.bulk

@@ -124,16 +124,23 @@ Step multiply(Ctx& c, const Instr& in) {
   }
   const std::shared_ptr<Product> whole = entry;
   if (--whole->unissued == 0) c.cta->products.erase({c.warp->id / 4, c.warp->product_count - 1});
-  if (watch_of(*c.cta)) {
-    if (!x.a_in_registers) gather(c, la, x.a, 16 * static_cast<int>(c.warp->id % 4), 16, x.k, false, nullptr, &whole->entity);
-    gather(c, lb, x.b, 0, x.n, x.k, false, nullptr, &whole->entity);
+  const bool alone = c.machine->options.strict;  // a warp's part may begin before the other warps come to theirs
+  if (Watch* watch = watch_of(*c.cta)) {
+    if (!alone) {
+      watch->release(*c.warp, whole->met);
+      if (!whole->unissued) watch->acquire(*c.warp, whole->met);
+    }
+    if (alone || !whole->unissued) {
+      if (!x.a_in_registers) gather(c, la, x.a, alone ? 16 * static_cast<int>(c.warp->id % 4) : 0, alone ? 16 : 64, x.k, false, nullptr, &whole->entity);
+      gather(c, lb, x.b, 0, x.n, x.k, false, nullptr, &whole->entity);
+    }
   }
   auto job = std::make_shared<JobState>();
   const std::shared_ptr<JobState> before = c.warp->last_product;  // products of a warp follow each other
   c.warp->last_product = job;
   c.warp->products[0].open.push_back(whole);
   c.warp->flights.push_back({c.regs, &in, x.d_regs, x.a_in_registers ? 4 : 0, job, {}});
-  const auto ready = [before] { return !before || before->done; };
+  const auto ready = [before, alone, whole] { return (!before || before->done) && (alone || !whole->unissued); };
   submit(c, job, [&x, slots = in.op, regs = c.regs, la, lb, add = scale != 0, whole](Ctx& later) {
     if (x.d == Type::s32) product<int64_t>(later, x, slots, regs, la, lb, add);
     else product<double>(later, x, slots, regs, la, lb, add);

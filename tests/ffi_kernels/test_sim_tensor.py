@@ -165,7 +165,7 @@ def test_canonical_layouts(swizzle, transposed):
 @pytest.mark.parametrize("schedule", ["eager", "lazy", "random seed=1", "random seed=2"])
 @pytest.mark.skipif(sim.ON_DEVICE, reason="a device gives no alarm")
 def test_results_of_wgmma_before_the_wait(schedule, monkeypatch):
-    """The compiler may move a copy of a result across the wait, nothing else."""
+    """The compiler may move a copy of a result across the wait, nothing else. Devices wait, and begin when all four warps are there."""
     monkeypatch.setenv("DSV4_SIM", f"schedule={schedule}")
     a, b = (RNG.integers(-8, 9, (rows, 16)) / 4.0 for rows in (64, 32))
     place = lambda mn, k: mn % 8 * 16 + mn // 8 * 128 + k // 8 * 2048 + k % 8 * 2
@@ -180,5 +180,8 @@ def test_results_of_wgmma_before_the_wait(schedule, monkeypatch):
     for defect in (2, 4):
         with pytest.raises(sim.SimError, match="no wgmma.wait_group lies between"):
             go(defect)
+    with pytest.raises(sim.SimError, match="hazard in shared memory: .*(waited for|no synchronisation between)"):
+        go(5)
     monkeypatch.setenv("DSV4_SIM", f"schedule={schedule} strict=off")
     np.testing.assert_array_equal(go(2), go(0))
+    np.testing.assert_array_equal(go(5), go(0))

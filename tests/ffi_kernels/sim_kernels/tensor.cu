@@ -133,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(160) gemm_e4m3(const __grid_constan
 
 // One product of operands that threads have laid out: k-major without swizzle, or mn-major (both transposed). 1: no proxy
 // fence; 2: a result is used before the wait; 3, no defect: a result is copied before the wait, and the copy used after it;
-// 4: such a copy is used before the wait.
+// 4: such a copy is used before the wait; 5: the warps do not meet between their stores and the product.
 struct One { const uint8_t* a; const uint8_t* b; float* d; int a_bytes, b_bytes, a_leading, a_stride, b_leading, b_stride, swizzle, transposed, defect; };
 extern "C" __global__ void one(const __grid_constant__ One p) {
   extern __shared__ __align__(1024) uint8_t dynamic[];
@@ -142,7 +142,7 @@ extern "C" __global__ void one(const __grid_constant__ One p) {
   for (int i = threadIdx.x; i < p.a_bytes; i += 128) s[i] = p.a[i];
   for (int i = threadIdx.x; i < p.b_bytes; i += 128) sb[i] = p.b[i];
   if (p.defect != 1) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  __syncthreads();
+  if (p.defect != 5) __syncthreads();
   float d[16];
   for (int i = 0; i < 16; ++i) d[i] = 100 + threadIdx.x;
   const uint64_t a = descriptor(at(s), p.a_leading, p.a_stride, p.swizzle), b = descriptor(at(sb), p.b_leading, p.b_stride, p.swizzle);
@@ -152,9 +152,9 @@ extern "C" __global__ void one(const __grid_constant__ One p) {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   float copy = 0;
   if (p.defect == 2) asm volatile("add.f32 %0, %0, 0f00000000;" : "+f"(d[0]));
-  if (p.defect >= 3) asm volatile("mov.b32 %0, %1;" : "=f"(copy) : "f"(d[0]));
+  if (p.defect == 3 || p.defect == 4) asm volatile("mov.b32 %0, %1;" : "=f"(copy) : "f"(d[0]));
   if (p.defect == 4) asm volatile("add.f32 %0, %0, 0f00000000;" : "+f"(copy));
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-  if (p.defect >= 3) d[0] = copy;
+  if (p.defect == 3 || p.defect == 4) d[0] = copy;
   for (int i = 0; i < 16; ++i) p.d[i * 128 + threadIdx.x] = d[i];
 }
