@@ -13,7 +13,7 @@ Step copy(Ctx& c, const Instr& in) {
   std::vector<One> copies;
   auto job = std::make_shared<JobState>();
   Watch* watch = watch_of(*c.cta);
-  if (watch) { note(c, in); job->entity = watch->begin(c); }
+  if (watch) { note(c, in); job->entity = watch->copies(c); }
   const uint32_t size = in.a;
   for (int l = 0; l < 32; ++l) {
     if (!(c.mask >> l & 1)) continue;
@@ -24,8 +24,8 @@ Step copy(Ctx& c, const Instr& in) {
     if (ignored >> l & 1) n = 0;
     if (n > size) fail("copies %u source bytes into %u", n, size);
     uint8_t* p = shared_at(c, shared_offset(to), size, size, Access::write, Space::shared);
-    if (watch) watch->job_touch(c, job->entity, *c.cta, (shared_offset(to) & 0xFFFFFF) - kSharedBase, size, true, false);
-    if (watch && n) touch_memory(c, in, Space::global, from, n, Touch::read, l);
+    if (watch) watch->job_touch(c, job->entity, *c.cta, (shared_offset(to) & 0xFFFFFF) - kSharedBase, size, true, false, 1u << l);
+    if (watch && n) touch_memory(c, in, Space::global, from, n, Touch::read, Lanes::one(l));
     copies.push_back({p, n ? resolve(c, Space::global, from, n, size, Access::read, l) : nullptr, n});
   }
   add_to_group(c, job, c.mask, false);
@@ -58,7 +58,9 @@ Step arrive(Ctx& c, const Instr& in) {
     if (!in.a) ++b->pending;
     JobList before = c.warp->copies[l].open;
     for (const JobList& g : c.warp->copies[l].committed) before.insert(before.end(), g.begin(), g.end());
-    const bool watched = watch_of(*c.cta) != nullptr;
+    Watch* watch = watch_of(*c.cta);
+    if (watch) watch->close_copies(*c.warp);
+    const bool watched = watch != nullptr;
     const auto ready = [before] {
       for (const auto& job : before) if (!job->done) return false;
       return true;

@@ -33,7 +33,7 @@ void out(Ctx& c, const Instr& in, const Bulk& k, int l, uint64_t to, uint64_t fr
   auto job = std::make_shared<JobState>();
   if (Watch* watch = watch_of(*c.cta)) {
     job->entity = watch->begin(c);
-    watch->job_touch(c, job->entity, *c.cta, (at & 0xFFFFFF) - kSharedBase, size, false, true);
+    watch->job_touch(c, job->entity, *c.cta, (at & 0xFFFFFF) - kSharedBase, size, false, true, 1u << l);
   }
   add_to_group(c, job, 1u << l, true);
   const uint32_t mask = k.masked ? src<uint32_t>(c, in, 3)[l] : 0xFFFF;
@@ -63,7 +63,7 @@ Step copy(Ctx& c, const Instr& in) {
     if (k.way == Bulk::global_to_shared) s = size ? resolve(c, Space::global, from, size, 16, Access::read, l) : nullptr;
     else {
       s = shared_at(c, shared_offset(from), size, 16, Access::read, Space::shared);
-      if (watch) watch->job_touch(c, job->entity, *c.cta, (shared_offset(from) & 0xFFFFFF) - kSharedBase, size, false, true);
+      if (watch) watch->job_touch(c, job->entity, *c.cta, (shared_offset(from) & 0xFFFFFF) - kSharedBase, size, false, true, 1u << l);
     }
     const Space target = k.cluster_target ? Space::cluster : Space::shared;
     std::vector<Target> targets;
@@ -72,7 +72,7 @@ Step copy(Ctx& c, const Instr& in) {
       Mbarrier& b = mbarrier_at(c, signal, target);
       if (watch) {
         if (!b.fenced) fail("hazard in shared memory: a bulk copy signals the mbarrier at shared address 0x%x, whose mbarrier.init was not followed by fence.mbarrier_init or fence.proxy.async", signal);
-        watch->job_touch(c, job->entity, cta_of(c, at), (at & 0xFFFFFF) - kSharedBase, size, true, true);
+        watch->job_touch(c, job->entity, cta_of(c, at), (at & 0xFFFFFF) - kSharedBase, size, true, true, 1u << l);
       }
       targets.push_back({p, &b});
     };

@@ -18,7 +18,7 @@ Step arrive(Ctx& c, const Instr& in) {
     ++cluster.arrived;
   }
   c.machine->progress = c.machine->instructions;
-  if (cluster.watch) in.b ? cluster.watch->release_relaxed(*c.warp, cluster.next) : cluster.watch->release(*c.warp, cluster.next);
+  if (cluster.watch) in.b ? cluster.watch->release_relaxed(*c.warp, cluster.next) : cluster.watch->release(*c.warp, c.mask, cluster.next);
   if (cluster.arrived == cluster.live_threads) {
     cluster.done = cluster.next;
     cluster.next.clear();
@@ -46,7 +46,7 @@ Step wait(Ctx& c, const Instr& in) {
     return Step::block;
   }
   for (int l = 0; l < 32; ++l) if (c.mask >> l & 1) c.warp->cluster_token[l] = 0;
-  if (Watch* watch = watch_of(*c.cta)) watch->acquire(*c.warp, c.cta->cluster->done);
+  if (Watch* watch = watch_of(*c.cta)) watch->acquire(*c.warp, c.mask, c.cta->cluster->done);
   return Step::next;
 }
 
@@ -96,7 +96,7 @@ Step remote(Ctx& c, const Instr& in) {
     One one{shared_at(c, to, bytes, bytes, k.reduce ? Access::both : Access::write, Space::cluster), &mbarrier_at(c, signal, Space::cluster), {}};
     if (watch) {
       // The order of reductions does not matter: only the first of them must come after what stood there before.
-      if (!k.reduce) watch->job_touch(c, job->entity, cta_of(c, to), (to & 0xFFFFFF) - kSharedBase, bytes, true, true);
+      if (!k.reduce) watch->job_touch(c, job->entity, cta_of(c, to), (to & 0xFFFFFF) - kSharedBase, bytes, true, true, 1u << l);
     }
     for (int v = 0; v < n; ++v) one.value[v] = size == 8 ? src<uint64_t>(c, in, v)[l] : src<uint32_t>(c, in, v)[l];
     stores.push_back(one);

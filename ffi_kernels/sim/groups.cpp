@@ -10,6 +10,7 @@ void add_to_group(Ctx& c, const std::shared_ptr<JobState>& job, uint32_t lanes, 
 }
 
 void commit_group(Ctx& c, bool bulk) {
+  if (Watch* watch = watch_of(*c.cta); watch && !bulk) watch->close_copies(*c.warp);
   for (int l = 0; l < 32; ++l) {
     if (!(c.mask >> l & 1)) continue;
     Groups& g = (bulk ? c.warp->bulk : c.warp->copies)[l];
@@ -29,13 +30,20 @@ Step wait_groups(Ctx& c, uint32_t but, bool bulk) {
       for (const auto& job : g.committed[i]) if (!job->done) open |= 1u << l;
     }
   }
+  Watch* watch = watch_of(*c.cta);
   for (int l = 0; l < 32; ++l) {
     if (!(c.mask >> l & 1) || open >> l & 1) continue;
     Groups& g = (bulk ? c.warp->bulk : c.warp->copies)[l];
+    JobEntity last;  // of cp.async: later groups stand for earlier ones
     while (g.committed.size() > but) {
-      if (Watch* watch = watch_of(*c.cta)) for (const auto& job : g.committed.front()) watch->acquire(*c.warp, job->entity);
+      for (const auto& job : g.committed.front()) {
+        if (!watch) break;
+        if (bulk) watch->acquire(*c.warp, 1u << l, job->entity);
+        else if (job->entity.clock > last.clock) last = job->entity;
+      }
       g.committed.pop_front();
     }
+    if (last.clock) watch->acquire(*c.warp, 1u << l, last);
   }
   if (!open) return Step::next;
   c.blocked = open;

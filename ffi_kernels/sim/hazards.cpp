@@ -7,115 +7,190 @@
 
 namespace dsv4::sim {
 
-Watch::Watch(uint32_t ctas, uint32_t warps_per_cta, uint32_t words)
-    : warps_(warps_per_cta), words_(words), threads_(ctas * warps_per_cta), cells_(ctas), remote_(ctas), gone_(ctas) {
-  for (uint32_t e = 0; e < threads_.size(); ++e) threads_[e].order.seen.raise(e, 2);
+void Clock::raise(uint32_t e, uint32_t c, uint32_t lanes) {
+  if (lanes == kAll) return raise(e, c);
+  if (at(e) >= c) return;
+  for (Part& p : parts_) {
+    if (p.entity != e) continue;
+    if (p.clock <= c) p.lanes &= ~lanes;
+    else lanes &= ~p.lanes;
+  }
+  bool added = !lanes;
+  uint32_t all = 0, least = c;
+  for (Part& p : parts_) {
+    if (p.entity != e) continue;
+    if (!added && p.clock == c) {
+      p.lanes |= lanes;
+      added = true;
+    }
+    if (!p.lanes) continue;
+    all |= p.lanes;
+    least = std::min(least, p.clock);
+  }
+  if (!added) {
+    parts_.push_back({e, c, lanes});
+    all |= lanes;
+  }
+  if (all == kAll) raise(e, least);
+  const uint32_t known = at(e);
+  parts_.erase(std::remove_if(parts_.begin(), parts_.end(), [&](const Part& p) { return !p.lanes || (p.entity == e && p.clock <= known); }), parts_.end());
 }
+
+Watch::Watch(uint32_t ctas, uint32_t warps_per_cta, uint32_t words)
+    : warps_(warps_per_cta), words_(words), threads_(ctas * warps_per_cta), cells_(ctas), remote_(ctas), gone_(ctas) {}
 
 uint32_t Watch::entity_of(const Warp& w) const { return w.cta->rank * warps_ + w.id; }
 
 std::string Watch::name(uint32_t e) const {
-  if (e < threads_.size()) return text_of("warp %u of CTA %u of the cluster", e % warps_, e / warps_);
-  return "an asynchronous operation (" + job_name_[e - threads_.size()] + ")";
+  const auto count = static_cast<uint32_t>(threads_.size());
+  const auto warp = [&](uint32_t w) { return text_of("warp %u of CTA %u of the cluster", w % warps_, w / warps_); };
+  if (e < count) return warp(e);
+  return "an asynchronous operation (issued by " + warp(e < 2 * count ? e - count : job_maker_[e - 2 * count]) + ")";
 }
 
-Cell& Watch::cell(const Cta& cta, uint32_t word) {
+Cell* Watch::cells(const Cta& cta, uint32_t end) {
   auto& cells = cells_[cta.rank];
-  if (cells.empty()) cells.resize(words_);
-  if (word >= cells.size()) cells.resize(words_ + 4 * 512);
-  return cells[word];
+  if (end > cells.size()) cells.resize(end <= words_ ? words_ : words_ + 4 * 512);
+  return cells.data();
 }
 
-void Watch::hazard(Ctx& c, const Cta& cta, uint32_t offset, uint32_t bytes, const char* what, const Mark& before, const char* did, const char* why) {
-  const Module& module = c.machine->module;
+void Watch::hazard(Ctx& c, const Cta& cta, uint32_t offset, uint64_t bytes, const char* what, const Mark& m, const char* did) {
+  const uint32_t e = m.entity - 1u, self = entity_of(*c.warp);
+  const auto count = static_cast<uint32_t>(threads_.size());
+  bool waited = true;  // for its end
+  uint32_t maker = e;
+  if (e >= count && e < 2 * count) {
+    maker = e - count;
+    waited = false;
+    for (const Waited& w : threads_[maker].waited) waited |= w.copies >= m.clock && !(m.lanes & ~w.lanes);
+  } else if (e >= count) waited = false;
+  const char* why = !waited ? ", and whose end has not been waited for" : maker == self ? ", another lane of the same warp, with no bar.warp.sync between" : ", with no synchronisation between";
+  const std::string before = name(e) + " " + did + text_of(" at PTX line %u (", m.raw ? m.raw->line : 0) + (m.raw ? source_of(c.machine->module, *m.raw) + ": '" + show(*m.raw) : "?: '?") + "')" + why;
   if (offset >= tensor_base()) {
     const uint32_t at = (offset - tensor_base()) / 4;
-    fail("hazard in tensor memory: %s columns from %u, lanes %u to %u of CTA %u, which %s %s at PTX line %u (%s: '%s')%s", what, at % 512, at / 512 * 32, at / 512 * 32 + 31, cta.rank,
-         name(before.entity - 1u).c_str(), did, before.raw ? before.raw->line : 0, before.raw ? source_of(module, *before.raw).c_str() : "?",
-         before.raw ? show(*before.raw).c_str() : "?", why);
+    fail("hazard in tensor memory: %s columns from %u, lanes %u to %u of CTA %u, which %s", what, at % 512, at / 512 * 32, at / 512 * 32 + 31, cta.rank, before.c_str());
   }
-  fail("hazard in shared memory: %s %u bytes at offset 0x%x of CTA %u's shared memory, which %s %s at PTX line %u (%s: '%s')%s", what, bytes, offset, cta.rank,
-       name(before.entity - 1u).c_str(), did, before.raw ? before.raw->line : 0, before.raw ? source_of(module, *before.raw).c_str() : "?",
-       before.raw ? show(*before.raw).c_str() : "?", why);
+  fail("hazard in shared memory: %s %llu bytes at offset 0x%x of CTA %u's shared memory, which %s", what, (unsigned long long)bytes, offset, cta.rank, before.c_str());
 }
 
 bool Watch::initialised(Warp& w, uint32_t entity, uint32_t clock) const {
-  const uint32_t self = entity_of(w);
-  return entity == self || threads_[self].order.inits.at(entity) >= clock;
+  const Thread& me = threads_[entity_of(w)];
+  if (entity == entity_of(w) || me.order.inits.at(entity) >= clock) return true;
+  for (const Partial& p : me.partial) if (p.order.inits.at(entity) >= clock) return true;
+  return false;
 }
 
-void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind, int lane) {
+// Whether an access lies before what `who` of the warp does now.
+bool Watch::before(const Thread& me, uint32_t self, const Mark& m, Lanes who, bool was_read) const {
+  uint32_t e = m.entity - 1u, clock = m.clock, left = m.lanes;
+  if (me.order.seen.at(e) >= clock) return true;
+  const auto count = static_cast<uint32_t>(threads_.size());
+  if (e >= count && e < 2 * count) {  // a copy counts as a write of the lane that waited for it, at the first such wait
+    for (const Partial& p : me.partial) if (p.lanes & who.lanes && p.order.seen.at(e) >= clock) return true;
+    const Thread& owner = threads_[e - count];
+    uint32_t found = 0;
+    for (auto it = owner.waited.rbegin(); it != owner.waited.rend() && it->copies >= clock; ++it) if (!(left & ~it->lanes)) found = it->clock;
+    if (!found) return owner.forgotten >= clock;
+    e -= count;
+    clock = found;
+  }
+  if (e == self) {
+    left &= ~who.own;
+    if (!left || (was_read && clock <= me.reads)) return true;
+  }
+  const auto knows = [&](const Order& o) { return !o.seen.unknown(e, clock, left) || (was_read && o.reads.at(e) >= clock); };
+  if (knows(me.order)) return true;
+  uint32_t ignorant = who.lanes;
+  for (const Partial& p : me.partial) if (p.lanes & ignorant && knows(p.order)) ignorant &= ~p.lanes;
+  return !ignorant;
+}
+
+void Watch::check_started(Ctx& c, const Thread& me, const Cta& cta, const char* what) const {
+  if (&cta == c.cta) return;
+  const auto knows = [&](const Order& o) {
+    for (uint32_t w = 0; w < warps_; ++w) if (o.inits.at(cta.rank * warps_ + w) > 0) return true;
+    return false;
+  };
+  if (knows(me.order)) return;
+  for (const Partial& p : me.partial) if (knows(p.order)) return;
+  fail("hazard in shared memory: %s CTA %u's shared memory that is not ordered after the start of that CTA (a barrier of the cluster is missing)", what, cta.rank);
+}
+
+void Watch::forget_readers(Cell& x) {
+  x.read = Mark();
+  if (x.more < 0) return;
+  readers_[static_cast<size_t>(x.more)].clear();
+  spare_readers_.push_back(x.more);
+  x.more = -1;
+}
+
+void Watch::add_reader(Cell& x, const Mark& mark, bool replace) {
+  if (replace) {
+    x.read = mark;
+    return;
+  }
+  if (x.more < 0) {
+    if (spare_readers_.empty()) { spare_readers_.push_back(static_cast<int32_t>(readers_.size())); readers_.emplace_back(); }
+    x.more = spare_readers_.back();
+    spare_readers_.pop_back();
+  }
+  auto& list = readers_[static_cast<size_t>(x.more)];
+  for (Mark& m : list) {
+    if (m.entity != mark.entity || (m.clock != mark.clock && m.lanes & ~mark.lanes)) continue;
+    const uint8_t bytes = m.clock == mark.clock ? m.bytes | mark.bytes : mark.bytes;
+    const uint32_t lanes = m.lanes | mark.lanes;
+    m = mark;
+    m.bytes = bytes & 15;
+    m.lanes = lanes;
+    return;
+  }
+  list.push_back(mark);
+}
+
+void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind, Lanes who) {
   const uint32_t self = entity_of(*c.warp);
   Thread& me = threads_[self];
-  const Raw* raw = c.statement;
   const bool write = kind == Touch::write || kind == Touch::strong_write || kind == Touch::atomic;
   const bool strong = kind != Touch::read && kind != Touch::write;
+  Mark mark;
+  mark.raw = c.statement;
+  mark.clock = now(me);
+  mark.lanes = who.lanes;
+  mark.entity = static_cast<uint16_t>(self + 1);
+  mark.strong = strong;
   if (&cta != c.cta) {
-    bool started = false;
-    for (uint32_t w = 0; w < warps_ && !started; ++w) started = me.order.inits.at(cta.rank * warps_ + w) > 0;
-    if (!started) {
-      fail("hazard in shared memory: an access of CTA %u's shared memory that is not ordered after the start of that CTA (a barrier of the cluster is missing)", cta.rank);
-    }
-    remote_[cta.rank][self] = {raw, me.clock};
+    check_started(c, me, cta, "an access of");
+    remote_[cta.rank][self] = {c.statement, mark.clock, who.lanes};
   }
-  const auto before = [&](const Mark& m) { return m.entity - 1u == self || me.order.seen.at(m.entity - 1u) >= m.clock; };
+  Cell* const all = cells(cta, (offset + bytes + 3) / 4);
   for (uint32_t b = offset; b < offset + bytes;) {
     const uint32_t word = b / 4, end = std::min(offset + bytes, (word + 1) * 4);
     const auto mask = static_cast<uint8_t>(((1u << (end - b)) - 1) << (b % 4));
-    Cell& x = cell(cta, word);
-    const auto conflicts = [&](const Mark& m) {
-      if (!m.entity || !(m.bytes & mask) || (strong && m.strong)) return false;
-      if (!before(m)) return true;
-      return m.entity - 1u == self && m.lane != lane && m.sync == me.sync && m.raw != raw;
-    };
-    const auto why = [&](const Mark& m) {
-      return m.entity - 1u == self ? ", another lane of the same warp, with no bar.warp.sync between" : m.entity > threads_.size() ? ", and whose end has not been waited for" : ", with no synchronisation between";
-    };
-    if (x.write.entity && conflicts(x.write) && !(write && x.write.entity - 1u == self)) hazard(c, cta, offset, bytes, write ? "writes" : "reads", x.write, "writes", why(x.write));
-    if (write) {
-      if (x.read.entity && conflicts(x.read)) hazard(c, cta, offset, bytes, "writes", x.read, "reads", why(x.read));
-      if (x.more >= 0) {
-        for (const Mark& m : readers_[static_cast<size_t>(x.more)]) if (conflicts(m)) hazard(c, cta, offset, bytes, "writes", m, "reads", why(m));
-      }
-    }
-    Mark mark;
-    mark.raw = raw;
-    mark.clock = me.clock;
-    mark.sync = me.sync;
-    mark.entity = static_cast<uint16_t>(self + 1);
-    mark.lane = static_cast<uint8_t>(lane);
-    mark.bytes = mask & 15;
-    mark.strong = strong;
-    if (write) {
-      if (x.write.entity == mark.entity && x.write.clock == mark.clock && x.write.sync == mark.sync && x.write.raw == raw && x.write.lane != mark.lane && x.write.bytes & mask) mark.lane = 32;
-      x.write = mark;
-      if (mask == 15) {
-        x.read = Mark();
-        if (x.more >= 0) { readers_[static_cast<size_t>(x.more)].clear(); spare_readers_.push_back(x.more); x.more = -1; }
-      }
-    } else if (!x.read.entity || x.read.entity == mark.entity || (before(x.read) && x.more < 0)) {
-      if (x.read.entity == mark.entity && x.read.sync == mark.sync && x.read.clock == mark.clock) {
-        if (x.read.lane != mark.lane) mark.lane = 32;
-        mark.bytes = (mark.bytes | x.read.bytes) & 15;
-      }
-      x.read = mark;
-    } else {
-      if (x.more < 0) {
-        if (spare_readers_.empty()) { spare_readers_.push_back(static_cast<int32_t>(readers_.size())); readers_.emplace_back(); }
-        x.more = spare_readers_.back();
-        spare_readers_.pop_back();
-      }
-      auto& list = readers_[static_cast<size_t>(x.more)];
-      bool known = false;
-      for (Mark& m : list) {
-        if (m.entity != mark.entity) continue;
-        if (m.sync == mark.sync && m.clock == mark.clock) { if (m.lane != mark.lane) mark.lane = 32; mark.bytes = (mark.bytes | m.bytes) & 15; }
-        m = mark;
-        known = true;
-      }
-      if (!known) list.push_back(mark);
-    }
     b = end;
+    mark.bytes = mask & 15;
+    mark.lanes = who.lanes;
+    Cell& x = all[word];
+    const auto conflicts = [&](const Mark& m, bool was_read) {
+      return m.entity && m.bytes & mask && !(strong && m.strong) && !before(me, self, m, who, was_read);
+    };
+    const auto same = [&](const Mark& m) { return m.entity == mark.entity && m.clock == mark.clock; };
+    if (!(write && x.write.entity == mark.entity) && conflicts(x.write, false)) hazard(c, cta, offset, bytes, write ? "writes" : "reads", x.write, "writes");
+    if (!write) {
+      if (same(x.read)) {
+        mark.lanes |= x.read.lanes;
+        mark.bytes = (mark.bytes | x.read.bytes) & 15;
+        x.read = mark;
+      } else add_reader(x, mark, !x.read.entity || (x.read.entity == mark.entity && !(x.read.lanes & ~who.own)) || (x.more < 0 && before(me, self, x.read, who, true)));
+      continue;
+    }
+    if (conflicts(x.read, true)) hazard(c, cta, offset, bytes, "writes", x.read, "reads");
+    if (x.more >= 0) for (const Mark& m : readers_[static_cast<size_t>(x.more)]) if (conflicts(m, true)) hazard(c, cta, offset, bytes, "writes", m, "reads");
+    if (same(x.write)) {
+      mark.lanes |= x.write.lanes;
+      mark.bytes = (mark.bytes | x.write.bytes) & 15;
+    }
+    x.write = mark;
+    if (mask == 15) forget_readers(x);
   }
   if (!strong) return;
   Order& place = locations_[uint64_t{cta.rank} << 32 | offset];
@@ -124,79 +199,112 @@ void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind,
 }
 
 JobEntity Watch::begin(Ctx& c) {
+  const auto first = static_cast<uint32_t>(2 * threads_.size());
   if (free_.size() < 256) {
-    free_.push_front(static_cast<uint32_t>(threads_.size() + job_clock_.size()));
+    free_.push_front(first + static_cast<uint32_t>(job_clock_.size()));
     job_clock_.push_back(0);
-    job_name_.emplace_back();
+    job_maker_.push_back(0);
   }
   JobEntity job;
   job.entity = free_.front();
   free_.pop_front();
-  if (job.entity > 65000) fail("more than 65000 asynchronous operations are in flight");
-  job.clock = ++job_clock_[job.entity - threads_.size()];
-  job_name_[job.entity - threads_.size()] = "issued by " + name(entity_of(*c.warp));
+  if (job.entity > 65000) fail("more than 60000 asynchronous operations are in flight");
+  job.clock = ++job_clock_[job.entity - first];
+  job_maker_[job.entity - first] = entity_of(*c.warp);
   return job;
 }
 
-JobEntity Watch::again(const JobEntity& job) { return {job.entity, ++job_clock_[job.entity - threads_.size()]}; }
+JobEntity Watch::again(const JobEntity& job) { return {job.entity, ++job_clock_[job.entity - 2 * threads_.size()]}; }
 
-void Watch::job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, uint64_t bytes, bool write, bool async_proxy) {
+JobEntity Watch::copies(Ctx& c) {
+  const uint32_t self = entity_of(*c.warp);
+  return {static_cast<uint32_t>(threads_.size()) + self, threads_[self].copies};
+}
+
+bool Watch::proxy_knows(const Thread& me, const Mark& m) const {
+  const uint32_t e = m.entity - 1u;
+  if (!me.order.proxy.unknown(e, m.clock, m.lanes)) return true;
+  for (const Partial& p : me.partial) if (!p.order.proxy.unknown(e, m.clock, m.lanes)) return true;
+  return false;
+}
+
+void Watch::job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, uint64_t bytes, bool write, bool async_proxy, uint32_t lanes) {
   const uint32_t self = entity_of(*c.warp);
   Thread& me = threads_[self];
+  const bool copy = job.entity < 2 * threads_.size();
+  const Lanes who{lanes, lanes};
   if (&cta != c.cta) {
-    bool started = false;
-    for (uint32_t w = 0; w < warps_ && !started; ++w) started = me.order.inits.at(cta.rank * warps_ + w) > 0;
-    if (!started) fail("hazard in shared memory: a copy to CTA %u's shared memory that is not ordered after the start of that CTA (a barrier of the cluster is missing)", cta.rank);
-    remote_[cta.rank][job.entity] = {c.statement, job.clock};
+    check_started(c, me, cta, "a copy to");
+    remote_[cta.rank][job.entity] = {c.statement, job.clock, kAll};
   }
-  for (uint32_t word = offset / 4; word < (offset + bytes + 3) / 4; ++word) {
-    Cell& x = cell(cta, word);
-    const auto before = [&](const Mark& m) {
-      const uint32_t e = m.entity - 1u;
-      return e == job.entity || e == self || me.order.seen.at(e) >= m.clock;
-    };
-    const auto at = static_cast<uint32_t>(bytes);
-    if (x.write.entity && !before(x.write)) hazard(c, cta, offset, at, write ? "an asynchronous operation writes" : "an asynchronous operation reads", x.write, "writes", ", with no synchronisation between");
-    if (!write && async_proxy && x.write.entity && !x.write.async && x.write.entity <= threads_.size()) {
-      const uint32_t e = x.write.entity - 1u;
-      if (me.order.proxy.at(e) < x.write.clock) {
-        hazard(c, cta, offset, at, "an asynchronous operation reads", x.write, "writes", ", with no fence.proxy.async between");
+  Mark mark;
+  mark.raw = c.statement;
+  mark.clock = job.clock;
+  mark.lanes = copy ? lanes : kAll;
+  mark.entity = static_cast<uint16_t>(job.entity + 1);
+  mark.bytes = 15;
+  mark.async = async_proxy;
+  Mark good, good_read;  // found to lie before: neighbours mostly were accessed together
+  const auto like = [](const Mark& a, const Mark& b) { return a.entity == b.entity && a.clock == b.clock && a.lanes == b.lanes; };
+  const auto ordered = [&](const Mark& m, bool was_read) { return (m.entity == mark.entity && !copy) || before(me, self, m, who, was_read); };
+  const uint32_t first = offset / 4, end = static_cast<uint32_t>((offset + bytes + 3) / 4);
+  Cell* const all = cells(cta, end);
+  for (uint32_t word = first; word < end; ++word) {
+    Cell& x = all[word];
+    if (x.write.entity && !like(x.write, good)) {
+      if (!ordered(x.write, false)) hazard(c, cta, offset, bytes, write ? "an asynchronous operation writes" : "an asynchronous operation reads", x.write, "writes");
+      if (!write && async_proxy && !x.write.async && x.write.entity <= threads_.size() && !proxy_knows(me, x.write)) {
+        fail("hazard in shared memory: an asynchronous operation reads %llu bytes at offset 0x%x of CTA %u's shared memory, which %s writes at PTX line %u (%s: '%s'), with no fence.proxy.async between",
+             (unsigned long long)bytes, offset, cta.rank, name(x.write.entity - 1u).c_str(), x.write.raw->line, source_of(c.machine->module, *x.write.raw).c_str(), show(*x.write.raw).c_str());
       }
+      good = x.write;
     }
     if (write) {
-      if (x.read.entity && !before(x.read)) hazard(c, cta, offset, at, "an asynchronous operation writes", x.read, "reads", ", with no synchronisation between");
-      if (x.more >= 0) for (const Mark& m : readers_[static_cast<size_t>(x.more)]) if (!before(m)) hazard(c, cta, offset, at, "an asynchronous operation writes", m, "reads", ", with no synchronisation between");
-    }
-    Mark mark;
-    mark.raw = c.statement;
-    mark.clock = job.clock;
-    mark.entity = static_cast<uint16_t>(job.entity + 1);
-    mark.lane = 33;
-    mark.bytes = 15;
-    mark.async = async_proxy;
-    if (write) {
+      if (x.read.entity && !like(x.read, good_read)) {
+        if (!ordered(x.read, true)) hazard(c, cta, offset, bytes, "an asynchronous operation writes", x.read, "reads");
+        good_read = x.read;
+      }
+      if (x.more >= 0) for (const Mark& m : readers_[static_cast<size_t>(x.more)]) if (!ordered(m, true)) hazard(c, cta, offset, bytes, "an asynchronous operation writes", m, "reads");
       x.write = mark;
-      x.read = Mark();
-      if (x.more >= 0) { readers_[static_cast<size_t>(x.more)].clear(); spare_readers_.push_back(x.more); x.more = -1; }
-    } else if (!x.read.entity || (before(x.read) && x.more < 0)) x.read = mark;
-    else {
-      if (x.more < 0) {
-        if (spare_readers_.empty()) { spare_readers_.push_back(static_cast<int32_t>(readers_.size())); readers_.emplace_back(); }
-        x.more = spare_readers_.back();
-        spare_readers_.pop_back();
+      forget_readers(x);
+    } else if (!like(x.read, mark)) {
+      if (x.more >= 0) {
+        auto& list = readers_[static_cast<size_t>(x.more)];
+        list.erase(std::remove_if(list.begin(), list.end(), [&](const Mark& m) { return ordered(m, true); }), list.end());
       }
-      auto& list = readers_[static_cast<size_t>(x.more)];
-      list.erase(std::remove_if(list.begin(), list.end(), before), list.end());
-      list.push_back(mark);
+      bool replace = !x.read.entity || like(x.read, good_read);
+      if (!replace && ordered(x.read, true)) { good_read = x.read; replace = true; }
+      add_reader(x, mark, replace);
     }
   }
 }
 
-void Watch::acquire(Warp& w, const JobEntity& job) {
+void Watch::acquire(Warp& w, uint32_t lanes, const JobEntity& job) {
   Thread& me = threads_[entity_of(w)];
-  me.order.seen.raise(job.entity, job.clock);
-  me.order.proxy.raise(job.entity, job.clock);
+  if (job.entity < 2 * threads_.size()) {
+    const uint32_t clock = now(me);
+    if (!me.waited.empty() && me.waited.back().copies == job.clock && me.waited.back().clock == clock) me.waited.back().lanes |= lanes;
+    else me.waited.push_back({job.clock, lanes, clock});
+    if (me.waited.size() > 64) {
+      me.forgotten = std::max(me.forgotten, me.waited.front().copies);
+      me.waited.pop_front();
+    }
+    return;
+  }
+  Order done;
+  release_job(done, job);
+  acquire(w, lanes, done);
 }
+
+void Watch::view(const Warp& w, uint32_t lanes, Order& into) {
+  const uint32_t self = entity_of(w);
+  const Thread& me = threads_[self];
+  into.join(me.order);
+  for (const Partial& p : me.partial) if (p.lanes & lanes) into.join(p.order);
+  into.seen.raise(self, me.clock, lanes | ~w.live);
+  into.reads.raise(self, me.reads);
+}
+
 void Watch::release_relaxed(Warp& w, Order& into) {
   Thread& me = threads_[entity_of(w)];
   into.join(me.fenced);
@@ -206,39 +314,66 @@ void Watch::release_relaxed(Warp& w, Order& into) {
 void Watch::init_fence(Warp& w) {
   Thread& me = threads_[entity_of(w)];
   me.init_fence = me.clock;
-  me.order.seen.raise(entity_of(w), ++me.clock);
+  me.released = true;
 }
-void Watch::release(Warp& w, Order& into) {
+void Watch::release(Warp& w, uint32_t lanes, Order& into) {
   Thread& me = threads_[entity_of(w)];
   me.order.inits.raise(entity_of(w), me.clock);
-  into.join(me.order);
-  me.order.seen.raise(entity_of(w), ++me.clock);
-  ++me.sync;
+  view(w, lanes, into);
+  me.released = true;
 }
-void Watch::acquire(Warp& w, const Order& from) {
+void Watch::acquire(Warp& w, uint32_t lanes, const Order& from) {
   Thread& me = threads_[entity_of(w)];
-  me.order.join(from);
-  ++me.sync;
+  if ((lanes | ~w.live) == kAll) return me.order.join(from);
+  for (Partial& p : me.partial) if (p.lanes == lanes) return p.order.join(from);
+  if (me.partial.size() == 16) {  // a warp that never meets: its lanes are no longer told apart
+    for (const Partial& p : me.partial) me.order.join(p.order);
+    me.partial.clear();
+  }
+  me.partial.push_back({lanes, from});
 }
-void Watch::fence(Warp& w) {
+void Watch::fence(Warp& w, uint32_t lanes) {
   Thread& me = threads_[entity_of(w)];
-  me.order.join(me.pending);
+  acquire(w, lanes, me.pending);
   me.order.inits.raise(entity_of(w), me.clock);
-  me.fenced = me.order;
-  me.order.seen.raise(entity_of(w), ++me.clock);
+  view(w, lanes, me.fenced);
+  me.released = true;
 }
-void Watch::proxy_fence(Warp& w) {
+void Watch::proxy_fence(Warp& w, uint32_t lanes) {
   Thread& me = threads_[entity_of(w)];
-  me.order.proxy.join(me.order.seen);
-  me.order.seen.raise(entity_of(w), ++me.clock);
+  Order now;
+  view(w, lanes, now);
+  me.order.proxy.join(now.seen);
+  me.released = true;
 }
-void Watch::warp_sync(Warp& w) { ++threads_[entity_of(w)].sync; }
+void Watch::warp_sync(Warp& w, uint32_t lanes) {
+  Thread& me = threads_[entity_of(w)];
+  if ((lanes | ~w.live) == kAll) {
+    for (const Partial& p : me.partial) me.order.join(p.order);
+    me.partial.clear();
+    me.order.seen.raise(entity_of(w), me.clock);
+  } else {
+    Order met;
+    view(w, lanes, met);
+    acquire(w, lanes, met);
+  }
+  me.released = true;
+}
+void Watch::gather_reads(Warp& w) {
+  Thread& me = threads_[entity_of(w)];
+  me.reads = me.clock;
+  me.released = true;
+}
 
-void Watch::leave(Warp& w) { gone_[w.cta->rank].join(threads_[entity_of(w)].order.seen); }
+void Watch::leave(Warp& w) {
+  Order last;
+  view(w, kAll, last);
+  gone_[w.cta->rank].join(last.seen);
+}
 
 std::string Watch::left_behind(Cta& cta) {
   for (const auto& [entity, access] : remote_[cta.rank]) {
-    if (gone_[cta.rank].at(entity) >= access.clock) continue;
+    if (!gone_[cta.rank].unknown(entity, access.clock, access.lanes)) continue;
     return text_of("hazard in shared memory: CTA (%u,%u,%u) ends while an access of its shared memory by ", cta.id[0], cta.id[1], cta.id[2]) + name(entity) +
            text_of(" (PTX line %u) is not ordered before its end (a barrier of the cluster is missing)", access.raw ? access.raw->line : 0);
   }

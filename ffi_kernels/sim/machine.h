@@ -149,6 +149,8 @@ struct Options {
   bool checks = true, statistics = false;
 };
 
+extern thread_local uint64_t last_instructions;  // launch.cpp: warp instructions of this thread's last launch
+
 struct Machine {
   const Launch& launch;
   const Module& module;
@@ -201,8 +203,9 @@ Step wait_groups(Ctx& c, uint32_t but, bool bulk);
 
 inline Watch* watch_of(const Cta& cta) { return cta.cluster->watch.get(); }
 // An access of a thread, for the hazard checks; `value`: what a write is about to store.
-void touch_memory(Ctx& c, const Instr& in, Space space, uint64_t address, uint64_t bytes, Touch kind, int lane, const void* value = nullptr);
+void touch_memory(Ctx& c, const Instr& in, Space space, uint64_t address, uint64_t bytes, Touch kind, Lanes who, const void* value = nullptr);
 void fence_all(Ctx& c);  // sync.cpp: a fence, for the hazard checks
+inline void gathered_reads(Ctx& c) { if (Watch* watch = watch_of(*c.cta)) watch->gather_reads(*c.warp); }  // all lanes are here
 inline void note(Ctx& c, const Instr& in) { c.statement = &c.raw(in); }
 
 // mbarrier.cpp. The state lives beside the memory, which holds a mark that tells if something writes over it.

@@ -17,8 +17,9 @@ struct Mma {
 };
 
 bool together(Ctx& c) {  // .sync.aligned: the whole warp, or it waits for it
-  if (c.mask == kAll) return true;
-  return gathered(c, kAll);
+  if (c.mask != kAll && !gathered(c, kAll)) return false;
+  gathered_reads(c);
+  return true;
 }
 
 const float* table_of(const Format& f) {
@@ -186,7 +187,7 @@ template <bool Store> Step matrix(Ctx& c, const Instr& in) {
       const uint64_t at = address(c, in, n, in.c, 8 * i + r) + static_cast<uint64_t>(in.imm);
       where[r] = shared_at(c, shared_offset(in.c ? at : static_cast<uint32_t>(at)), 16, 16, Store ? Access::write : Access::read, Space::shared);
       if (!Store) std::memcpy(rows[r], where[r], 16);
-      if (watch_of(*c.cta)) touch_memory(c, in, Space::shared, shared_offset(in.c ? at : static_cast<uint32_t>(at)), 16, Store ? Touch::write : Touch::read, 32);
+      if (watch_of(*c.cta)) touch_memory(c, in, Space::shared, shared_offset(in.c ? at : static_cast<uint32_t>(at)), 16, Store ? Touch::write : Touch::read, Lanes::together());
     }
     for (int l = 0; l < 32; ++l) {
       uint16_t* low = in.b ? &rows[l % 4 * 2][l / 4] : &rows[l / 4][l % 4 * 2];

@@ -48,7 +48,7 @@ Step barrier(Ctx& c, const Instr& in) {
       return Step::block;
     }
     f.token = f.token_what = 0;
-    if (Watch* watch = watch_of(*c.cta)) watch->acquire(*c.warp, b.done);
+    if (Watch* watch = watch_of(*c.cta)) watch->acquire(*c.warp, c.mask, b.done);
     if (in.a == red_popc) for (int l = 0; l < 32; ++l) { if (c.mask >> l & 1) out<uint32_t>(c, in, 0)[l] = b.result[0]; }
     else if (red) put_pred(c, in, 0, b.result[in.a == red_and ? 1 : 2] ? kAll : 0);
     return Step::next;
@@ -74,7 +74,7 @@ Step barrier(Ctx& c, const Instr& in) {
   }
   c.machine->progress = c.machine->instructions;
   if (b.arrived > total) fail("barrier %u: %u threads have arrived where %u are expected", id, b.arrived, total);
-  if (Watch* watch = watch_of(*c.cta)) watch->release(*c.warp, b.next);
+  if (Watch* watch = watch_of(*c.cta)) watch->release(*c.warp, c.mask, b.next);
   const uint64_t generation = b.generation;
   if (b.arrived == total) complete(*c.machine, b);
   if (in.a == arrive) return Step::next;
@@ -97,7 +97,7 @@ void mark_fenced(Ctx& c) {  // the mbarriers that this warp has initialised
 Step proxy_fence(Ctx& c, const Instr&) {
   if (Watch* watch = watch_of(*c.cta)) {
     mark_fenced(c);
-    watch->proxy_fence(*c.warp);
+    watch->proxy_fence(*c.warp, c.mask);
   }
   return Step::next;
 }
@@ -137,7 +137,7 @@ void decode_barrier(Decode& d, bool short_form) {
 }  // namespace
 
 void fence_all(Ctx& c) {
-  watch_of(*c.cta)->fence(*c.warp);
+  watch_of(*c.cta)->fence(*c.warp, c.mask);
   if (c.machine->global_watch) c.machine->global_watch->fence(c);
 }
 

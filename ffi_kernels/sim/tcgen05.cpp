@@ -35,8 +35,8 @@ void touch_tensor(Ctx& c, Cta& cta, uint32_t lane, uint32_t lanes, uint32_t colu
   const uint32_t base = watch->tensor_base();
   for (uint32_t quarter = lane / 32; quarter <= (lane + lanes - 1) / 32; ++quarter) {
     const uint32_t at = base + (quarter * kTensorColumns + column) * 4;
-    if (job) watch->job_touch(c, *job, cta, at, columns * 4, write, false);
-    else watch->touch(c, cta, at, columns * 4, write ? Touch::write : Touch::read, 32);
+    if (job) watch->job_touch(c, *job, cta, at, columns * 4, write, false, c.mask);
+    else watch->touch(c, cta, at, columns * 4, write ? Touch::write : Touch::read, Lanes::each());
   }
 }
 
@@ -63,7 +63,11 @@ template <class T> T uniform(Ctx& c, const Instr& in, int slot, const char* what
   for (int l = 0; l < 32; ++l) if (c.mask >> l & 1 && v[l] != v[first]) fail("%s differs between lanes", what);
   return v[first];
 }
-bool whole(Ctx& c) { return c.mask == kAll || gathered(c, kAll); }
+bool whole(Ctx& c) {
+  if (c.mask != kAll && !gathered(c, kAll)) return false;
+  gathered_reads(c);
+  return true;
+}
 
 // Both CTAs of a pair take part: true once the peer has come as far. The token keeps the arrival.
 bool pair_arrived(Ctx& c) {
@@ -105,7 +109,7 @@ Step alloc(Ctx& c, const Instr& in) {
   const uint64_t at = address(c, in, 0, in.c, 0) + static_cast<uint64_t>(in.imm);
   const uint32_t shared = shared_offset(in.c ? at : static_cast<uint32_t>(at));
   std::memcpy(shared_at(c, shared, 4, 4, Access::write, Space::shared), &first, 4);
-  if (watch_of(*c.cta)) touch_memory(c, in, Space::shared, shared, 4, Touch::write, 32);
+  if (watch_of(*c.cta)) touch_memory(c, in, Space::shared, shared, 4, Touch::write, Lanes::together());
   c.machine->event();
   return Step::next;
 }

@@ -33,7 +33,7 @@ void gather(Ctx& c, const MatrixLayout& m, Type t, int first_row, int rows, int 
     for (int b = 0; b < inner; b += 16) {
       const uint32_t at = base | m.at(static_cast<uint32_t>(o + (m.k_major ? first_row : 0)), static_cast<uint32_t>(b + first));
       const uint8_t* p = shared_at(c, at, 16, 16, Access::read, Space::shared);
-      if (job) { watch_of(*c.cta)->job_touch(c, *job, *c.cta, (at & 0xFFFFFF) - kSharedBase, 16, false, true); continue; }
+      if (job) { watch_of(*c.cta)->job_touch(c, *job, *c.cta, (at & 0xFFFFFF) - kSharedBase, 16, false, true, kAll); continue; }
       for (int w = 0; w < 4; ++w) {
         uint32_t word;
         std::memcpy(&word, p + 4 * w, 4);
@@ -149,7 +149,7 @@ Step wait(Ctx& c, const Instr& in) {
     }
   }
   while (g.committed.size() > in.a) {
-    if (Watch* watch = watch_of(*c.cta)) for (const auto& job : g.committed.front()) watch->acquire(*c.warp, job->entity);
+    if (Watch* watch = watch_of(*c.cta)) for (const auto& job : g.committed.front()) watch->acquire(*c.warp, kAll, job->entity);
     g.committed.pop_front();
   }
   return Step::next;
