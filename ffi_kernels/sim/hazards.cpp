@@ -61,8 +61,7 @@ void Watch::hazard(Ctx& c, const Cta& cta, uint32_t offset, uint64_t bytes, cons
   uint32_t maker = e;
   if (e >= count && e < 2 * count) {
     maker = e - count;
-    waited = false;
-    for (const Waited& w : threads_[maker].waited) waited |= w.copies >= m.clock && !(m.lanes & ~w.lanes);
+    waited = threads_[maker].waits[__builtin_ctz(m.lanes)].first(m.clock) > 0;
   } else if (e >= count) waited = false;
   const char* why = !waited ? ", and whose end has not been waited for" : maker == self ? ", another lane of the same warp, with no bar.warp.sync between" : ", with no synchronisation between";
   const std::string before = name(e) + " " + did + text_of(" at PTX line %u (", m.raw ? m.raw->line : 0) + (m.raw ? source_of(c.machine->module, *m.raw) + ": '" + show(*m.raw) : "?: '?") + "')" + why;
@@ -87,12 +86,10 @@ bool Watch::before(const Thread& me, uint32_t self, const Mark& m, Lanes who, bo
   const auto count = static_cast<uint32_t>(threads_.size());
   if (e >= count && e < 2 * count) {  // a copy counts as a write of the lane that waited for it, at the first such wait
     for (const Partial& p : me.partial) if (p.lanes & who.lanes && p.order.seen.at(e) >= clock) return true;
-    const Thread& owner = threads_[e - count];
-    uint32_t found = 0;
-    for (auto it = owner.waited.rbegin(); it != owner.waited.rend() && it->copies >= clock; ++it) if (!(left & ~it->lanes)) found = it->clock;
-    if (!found) return owner.forgotten >= clock;
     e -= count;
-    clock = found;
+    const Waits& waits = threads_[e].waits[__builtin_ctz(left)];
+    if (waits.forgotten >= clock) return true;
+    if (!(clock = waits.first(clock))) return false;
   }
   if (e == self) {
     left &= ~who.own;
@@ -282,14 +279,7 @@ void Watch::job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, u
 void Watch::acquire(Warp& w, uint32_t lanes, const JobEntity& job) {
   Thread& me = threads_[entity_of(w)];
   if (job.entity < 2 * threads_.size()) {
-    const uint32_t clock = now(me);
-    if (!me.waited.empty() && me.waited.back().copies == job.clock && me.waited.back().clock == clock) me.waited.back().lanes |= lanes;
-    else me.waited.push_back({job.clock, lanes, clock});
-    if (me.waited.size() > 64) {
-      me.forgotten = std::max(me.forgotten, me.waited.front().copies);
-      me.waited.pop_front();
-    }
-    return;
+    return me.waits[__builtin_ctz(lanes)].add(job.clock, now(me));
   }
   Order done;
   release_job(done, job);

@@ -99,7 +99,7 @@ class Watch {
   uint32_t tensor_base() const { return words_ * 4; }  // tensor memory follows shared memory: 4 quarters of 512 columns
   void job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, uint64_t bytes, bool write, bool async_proxy, uint32_t lanes);
   void finish(const JobEntity& job) { if (job.entity >= 2 * threads_.size()) free_.push_back(job.entity); }
-  void acquire(Warp& w, uint32_t lanes, const JobEntity& job);  // lanes have waited for its end
+  void acquire(Warp& w, uint32_t lanes, const JobEntity& job);  // lanes have waited for its end (of cp.async: one lane)
   static void release_job(Order& into, const JobEntity& job) { into.seen.raise(job.entity, job.clock); into.proxy.raise(job.entity, job.clock); }
   // Synchronisation, by some lanes of a warp.
   void release(Warp& w, uint32_t lanes, Order& into);
@@ -118,7 +118,20 @@ class Watch {
 
  private:
   struct Partial { uint32_t lanes; Order order; };       // acquired by some lanes since all lanes met
-  struct Waited { uint32_t copies, lanes, clock; };      // lanes have waited for their cp.async up to this group, at this clock
+  struct Waits {  // of one lane for its cp.async: up to which group, at which clock of the warp; the last few
+    uint32_t copies[8] = {}, clock[8] = {}, next = 0, forgotten = 0;  // forgotten: earlier waits went so far
+    void add(uint32_t group, uint32_t at) {
+      forgotten = copies[next];
+      copies[next] = group;
+      clock[next] = at;
+      next = (next + 1) % 8;
+    }
+    uint32_t first(uint32_t group) const {  // the clock of the first wait that went so far, 0 if there is none
+      uint32_t found = 0;
+      for (int i = 0; i < 8; ++i) if (copies[i] >= group && (!found || clock[i] < found)) found = clock[i];
+      return found;
+    }
+  };
   struct Thread {
     Order order;
     std::vector<Partial> partial;
@@ -126,8 +139,8 @@ class Watch {
     bool released = false;     // the clock ticks before the next access
     uint32_t init_fence = 1, reads = 0;
     Order fenced, pending;  // released by the next strong write; acquired at the next fence
-    uint32_t copies = 1, forgotten = 0;  // the open group of cp.async; `waited` knows of later groups than this
-    std::deque<Waited> waited;
+    uint32_t copies = 1;       // the open group of cp.async
+    Waits waits[32];
   };
   struct Remote { const Raw* raw; uint32_t clock, lanes; };
   static uint32_t now(Thread& t) {
