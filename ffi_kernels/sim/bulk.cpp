@@ -35,7 +35,7 @@ void out(Ctx& c, const Instr& in, const Bulk& k, int l, uint64_t to, uint64_t fr
     job->entity = watch->begin(c);
     watch->job_touch(c, job->entity, *c.cta, (at & 0xFFFFFF) - kSharedBase, size, false, true, 1u << l);
   }
-  add_to_group(c, job, 1u << l, true);
+  c.warp->bulk.open.push_back({job, job->entity, 1u << l});
   const uint32_t mask = k.masked ? src<uint32_t>(c, in, 3)[l] : 0xFFFF;
   submit(c, job, [s, g, size, mask, &k](Ctx&) {
     if (k.masked) {
@@ -98,8 +98,8 @@ Step copy(Ctx& c, const Instr& in) {
   c.machine->progress = c.machine->instructions;
   return Step::next;
 }
-Step commit(Ctx& c, const Instr&) { commit_group(c, true); return Step::next; }
-Step wait(Ctx& c, const Instr& in) { return wait_groups(c, in.a, true); }
+Step commit(Ctx& c, const Instr&) { commit_group(c, c.warp->bulk); return Step::next; }
+Step wait(Ctx& c, const Instr& in) { return wait_groups(c, c.warp->bulk, in.a, "its groups of bulk copies"); }
 Step nothing(Ctx&, const Instr&) { return Step::next; }
 }  // namespace
 

@@ -20,7 +20,7 @@ Step arrive(Ctx& c, const Instr& in) {
   c.machine->progress = c.machine->instructions;
   if (cluster.watch) in.b ? cluster.watch->release_relaxed(*c.warp, cluster.next) : cluster.watch->release(*c.warp, c.mask, cluster.next);
   if (cluster.arrived == cluster.live_threads) {
-    cluster.done = cluster.next;
+    std::swap(cluster.done, cluster.next);
     cluster.next.clear();
     cluster.arrived = 0;
     ++cluster.generation;

@@ -1,4 +1,4 @@
-// The happens-before check: see hazards.h.
+// The happens-before check, accesses: see hazards.h. What orders them: happens_before.cpp.
 #include "hazards.h"
 
 #include <algorithm>
@@ -6,35 +6,6 @@
 #include "machine.h"
 
 namespace dsv4::sim {
-
-void Clock::raise(uint32_t e, uint32_t c, uint32_t lanes) {
-  if (lanes == kAll) return raise(e, c);
-  if (at(e) >= c) return;
-  for (Part& p : parts_) {
-    if (p.entity != e) continue;
-    if (p.clock <= c) p.lanes &= ~lanes;
-    else lanes &= ~p.lanes;
-  }
-  bool added = !lanes;
-  uint32_t all = 0, least = c;
-  for (Part& p : parts_) {
-    if (p.entity != e) continue;
-    if (!added && p.clock == c) {
-      p.lanes |= lanes;
-      added = true;
-    }
-    if (!p.lanes) continue;
-    all |= p.lanes;
-    least = std::min(least, p.clock);
-  }
-  if (!added) {
-    parts_.push_back({e, c, lanes});
-    all |= lanes;
-  }
-  if (all == kAll) raise(e, least);
-  const uint32_t known = at(e);
-  parts_.erase(std::remove_if(parts_.begin(), parts_.end(), [&](const Part& p) { return !p.lanes || (p.entity == e && p.clock <= known); }), parts_.end());
-}
 
 Watch::Watch(uint32_t ctas, uint32_t warps_per_cta, uint32_t words)
     : warps_(warps_per_cta), words_(words), threads_(ctas * warps_per_cta), cells_(ctas), remote_(ctas), gone_(ctas) {}
@@ -49,9 +20,17 @@ std::string Watch::name(uint32_t e) const {
 }
 
 Cell* Watch::cells(const Cta& cta, uint32_t end) {
-  auto& cells = cells_[cta.rank];
-  if (end > cells.size()) cells.resize(end <= words_ ? words_ : words_ + 4 * 512);
-  return cells.data();
+  Cells& all = cells_[cta.rank];
+  if (end > all.count) {  // tensor memory comes when it is used
+    const uint32_t count = end <= words_ ? words_ : words_ + 4 * 512;
+    Block larger(count * sizeof(Cell));
+    Cell* const cells = reinterpret_cast<Cell*>(larger.data());
+    if (all.count) std::memcpy(static_cast<void*>(cells), all.storage.data(), all.count * sizeof(Cell));
+    std::uninitialized_fill(cells + all.count, cells + count, Cell());
+    all.storage = std::move(larger);
+    all.count = count;
+  }
+  return reinterpret_cast<Cell*>(all.storage.data());
 }
 
 void Watch::hazard(Ctx& c, const Cta& cta, uint32_t offset, uint64_t bytes, const char* what, const Mark& m, const char* did) {
@@ -70,13 +49,6 @@ void Watch::hazard(Ctx& c, const Cta& cta, uint32_t offset, uint64_t bytes, cons
     fail("hazard in tensor memory: %s columns from %u, lanes %u to %u of CTA %u, which %s", what, at % 512, at / 512 * 32, at / 512 * 32 + 31, cta.rank, before.c_str());
   }
   fail("hazard in shared memory: %s %llu bytes at offset 0x%x of CTA %u's shared memory, which %s", what, (unsigned long long)bytes, offset, cta.rank, before.c_str());
-}
-
-bool Watch::initialised(Warp& w, uint32_t entity, uint32_t clock) const {
-  const Thread& me = threads_[entity_of(w)];
-  if (entity == entity_of(w) || me.order.inits.at(entity) >= clock) return true;
-  for (const Partial& p : me.partial) if (p.order.inits.at(entity) >= clock) return true;
-  return false;
 }
 
 // Whether an access lies before what `who` of the warp does now.
@@ -115,33 +87,37 @@ void Watch::check_started(Ctx& c, const Thread& me, const Cta& cta, const char* 
 
 void Watch::forget_readers(Cell& x) {
   x.read = Mark();
-  if (x.more < 0) return;
-  readers_[static_cast<size_t>(x.more)].clear();
-  spare_readers_.push_back(x.more);
-  x.more = -1;
+  while (x.more >= 0) {
+    Reader& r = readers_[static_cast<size_t>(x.more)];
+    std::swap(r.next, spare_reader_);
+    std::swap(spare_reader_, x.more);
+  }
 }
 
-void Watch::add_reader(Cell& x, const Mark& mark, bool replace) {
-  if (replace) {
-    x.read = mark;
-    return;
-  }
-  if (x.more < 0) {
-    if (spare_readers_.empty()) { spare_readers_.push_back(static_cast<int32_t>(readers_.size())); readers_.emplace_back(); }
-    x.more = spare_readers_.back();
-    spare_readers_.pop_back();
-  }
-  auto& list = readers_[static_cast<size_t>(x.more)];
-  for (Mark& m : list) {
-    if (m.entity != mark.entity || (m.clock != mark.clock && m.lanes & ~mark.lanes)) continue;
-    const uint8_t bytes = m.clock == mark.clock ? m.bytes | mark.bytes : mark.bytes;
-    const uint32_t lanes = m.lanes | mark.lanes;
+// Beside x.read. Earlier reads of the same entity make room where they lie before: of the same lanes, or up to a clock.
+void Watch::add_reader(Cell& x, const Mark& mark, uint32_t superseded) {
+  int own = 0;
+  for (int32_t i = x.more; i >= 0; i = readers_[static_cast<size_t>(i)].next) {
+    Mark& m = readers_[static_cast<size_t>(i)].mark;
+    if (m.entity != mark.entity) continue;
+    const bool same = m.clock == mark.clock;
+    if (!same && m.clock > superseded && m.lanes & ~mark.lanes && ++own < 4) continue;
+    const uint32_t lanes = same || own == 4 ? m.lanes | mark.lanes : mark.lanes, clock = own == 4 ? std::min(m.clock, mark.clock) : mark.clock;
+    const uint8_t bytes = same || own == 4 ? m.bytes | mark.bytes : mark.bytes;
     m = mark;
     m.bytes = bytes & 15;
     m.lanes = lanes;
+    m.clock = clock;
     return;
   }
-  list.push_back(mark);
+  int32_t i = spare_reader_;
+  if (i >= 0) spare_reader_ = readers_[static_cast<size_t>(i)].next;
+  else {
+    i = static_cast<int32_t>(readers_.size());
+    readers_.emplace_back();
+  }
+  readers_[static_cast<size_t>(i)] = {mark, x.more};
+  x.more = i;
 }
 
 void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind, Lanes who) {
@@ -177,11 +153,16 @@ void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind,
         mark.lanes |= x.read.lanes;
         mark.bytes = (mark.bytes | x.read.bytes) & 15;
         x.read = mark;
-      } else add_reader(x, mark, !x.read.entity || (x.read.entity == mark.entity && !(x.read.lanes & ~who.own)) || (x.more < 0 && before(me, self, x.read, who, true)));
+      } else if (!x.read.entity || (x.read.entity == mark.entity && !(x.read.lanes & ~who.own)) || (x.more < 0 && before(me, self, x.read, who, true))) {
+        x.read = mark;
+      } else add_reader(x, mark, std::max(me.reads, me.order.seen.at(self)));
       continue;
     }
     if (conflicts(x.read, true)) hazard(c, cta, offset, bytes, "writes", x.read, "reads");
-    if (x.more >= 0) for (const Mark& m : readers_[static_cast<size_t>(x.more)]) if (conflicts(m, true)) hazard(c, cta, offset, bytes, "writes", m, "reads");
+    for (int32_t i = x.more; i >= 0; i = readers_[static_cast<size_t>(i)].next) {
+      const Mark& m = readers_[static_cast<size_t>(i)].mark;
+      if (conflicts(m, true)) hazard(c, cta, offset, bytes, "writes", m, "reads");
+    }
     if (same(x.write)) {
       mark.lanes |= x.write.lanes;
       mark.bytes = (mark.bytes | x.write.bytes) & 15;
@@ -228,7 +209,7 @@ bool Watch::proxy_knows(const Thread& me, const Mark& m) const {
 void Watch::job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, uint64_t bytes, bool write, bool async_proxy, uint32_t lanes) {
   const uint32_t self = entity_of(*c.warp);
   Thread& me = threads_[self];
-  const bool copy = job.entity < 2 * threads_.size();
+  const bool copy = is_copy(job);
   const Lanes who{lanes, lanes};
   if (&cta != c.cta) {
     check_started(c, me, cta, "a copy to");
@@ -261,113 +242,30 @@ void Watch::job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, u
         if (!ordered(x.read, true)) hazard(c, cta, offset, bytes, "an asynchronous operation writes", x.read, "reads");
         good_read = x.read;
       }
-      if (x.more >= 0) for (const Mark& m : readers_[static_cast<size_t>(x.more)]) if (!ordered(m, true)) hazard(c, cta, offset, bytes, "an asynchronous operation writes", m, "reads");
+      for (int32_t i = x.more; i >= 0; i = readers_[static_cast<size_t>(i)].next) {
+        const Mark& m = readers_[static_cast<size_t>(i)].mark;
+        if (!ordered(m, true)) hazard(c, cta, offset, bytes, "an asynchronous operation writes", m, "reads");
+      }
       x.write = mark;
       forget_readers(x);
     } else if (!like(x.read, mark)) {
-      if (x.more >= 0) {
-        auto& list = readers_[static_cast<size_t>(x.more)];
-        list.erase(std::remove_if(list.begin(), list.end(), [&](const Mark& m) { return ordered(m, true); }), list.end());
+      for (int32_t* i = &x.more; *i >= 0;) {  // what lies before makes room
+        Reader& r = readers_[static_cast<size_t>(*i)];
+        if (!ordered(r.mark, true)) {
+          i = &r.next;
+          continue;
+        }
+        const int32_t free = *i;
+        *i = r.next;
+        r.next = spare_reader_;
+        spare_reader_ = free;
       }
       bool replace = !x.read.entity || like(x.read, good_read);
       if (!replace && ordered(x.read, true)) { good_read = x.read; replace = true; }
-      add_reader(x, mark, replace);
+      if (replace) x.read = mark;
+      else add_reader(x, mark, 0);
     }
   }
-}
-
-void Watch::acquire(Warp& w, uint32_t lanes, const JobEntity& job) {
-  Thread& me = threads_[entity_of(w)];
-  if (job.entity < 2 * threads_.size()) {
-    return me.waits[__builtin_ctz(lanes)].add(job.clock, now(me));
-  }
-  Order done;
-  release_job(done, job);
-  acquire(w, lanes, done);
-}
-
-void Watch::view(const Warp& w, uint32_t lanes, Order& into) {
-  const uint32_t self = entity_of(w);
-  const Thread& me = threads_[self];
-  into.join(me.order);
-  for (const Partial& p : me.partial) if (p.lanes & lanes) into.join(p.order);
-  into.seen.raise(self, me.clock, lanes | ~w.live);
-  into.reads.raise(self, me.reads);
-}
-
-void Watch::release_relaxed(Warp& w, Order& into) {
-  Thread& me = threads_[entity_of(w)];
-  into.join(me.fenced);
-  into.inits.join(me.order.inits);
-  into.inits.raise(entity_of(w), me.init_fence);
-}
-void Watch::init_fence(Warp& w) {
-  Thread& me = threads_[entity_of(w)];
-  me.init_fence = me.clock;
-  me.released = true;
-}
-void Watch::release(Warp& w, uint32_t lanes, Order& into) {
-  Thread& me = threads_[entity_of(w)];
-  me.order.inits.raise(entity_of(w), me.clock);
-  view(w, lanes, into);
-  me.released = true;
-}
-void Watch::acquire(Warp& w, uint32_t lanes, const Order& from) {
-  Thread& me = threads_[entity_of(w)];
-  if ((lanes | ~w.live) == kAll) return me.order.join(from);
-  for (Partial& p : me.partial) if (p.lanes == lanes) return p.order.join(from);
-  if (me.partial.size() == 16) {  // a warp that never meets: its lanes are no longer told apart
-    for (const Partial& p : me.partial) me.order.join(p.order);
-    me.partial.clear();
-  }
-  me.partial.push_back({lanes, from});
-}
-void Watch::fence(Warp& w, uint32_t lanes) {
-  Thread& me = threads_[entity_of(w)];
-  acquire(w, lanes, me.pending);
-  me.order.inits.raise(entity_of(w), me.clock);
-  view(w, lanes, me.fenced);
-  me.released = true;
-}
-void Watch::proxy_fence(Warp& w, uint32_t lanes) {
-  Thread& me = threads_[entity_of(w)];
-  Order now;
-  view(w, lanes, now);
-  me.order.proxy.join(now.seen);
-  me.released = true;
-}
-void Watch::warp_sync(Warp& w, uint32_t lanes) {
-  Thread& me = threads_[entity_of(w)];
-  if ((lanes | ~w.live) == kAll) {
-    for (const Partial& p : me.partial) me.order.join(p.order);
-    me.partial.clear();
-    me.order.seen.raise(entity_of(w), me.clock);
-  } else {
-    Order met;
-    view(w, lanes, met);
-    acquire(w, lanes, met);
-  }
-  me.released = true;
-}
-void Watch::gather_reads(Warp& w) {
-  Thread& me = threads_[entity_of(w)];
-  me.reads = me.clock;
-  me.released = true;
-}
-
-void Watch::leave(Warp& w) {
-  Order last;
-  view(w, kAll, last);
-  gone_[w.cta->rank].join(last.seen);
-}
-
-std::string Watch::left_behind(Cta& cta) {
-  for (const auto& [entity, access] : remote_[cta.rank]) {
-    if (!gone_[cta.rank].unknown(entity, access.clock, access.lanes)) continue;
-    return text_of("hazard in shared memory: CTA (%u,%u,%u) ends while an access of its shared memory by ", cta.id[0], cta.id[1], cta.id[2]) + name(entity) +
-           text_of(" (PTX line %u) is not ordered before its end (a barrier of the cluster is missing)", access.raw ? access.raw->line : 0);
-  }
-  return "";
 }
 
 }  // namespace dsv4::sim

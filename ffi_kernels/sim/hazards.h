@@ -18,6 +18,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "blocks.h"
+
 namespace dsv4::sim {
 
 struct Ctx;
@@ -71,7 +73,7 @@ struct Mark {  // an access of a word
 };
 struct Cell {
   Mark write, read;
-  int32_t more = -1;  // further readers
+  int32_t more = -1;  // further readers: a chain in Watch::readers_
 };
 
 struct JobEntity { uint32_t entity = 0, clock = 0; };
@@ -95,10 +97,11 @@ class Watch {
   JobEntity begin(Ctx& c);
   JobEntity again(const JobEntity& job);  // the next operation of the same unit, which keeps its operations in order
   JobEntity copies(Ctx& c);               // of cp.async: the open group
+  bool is_copy(const JobEntity& job) const { return job.entity < 2 * threads_.size(); }
   void close_copies(Warp& w) { ++threads_[entity_of(w)].copies; }
   uint32_t tensor_base() const { return words_ * 4; }  // tensor memory follows shared memory: 4 quarters of 512 columns
   void job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, uint64_t bytes, bool write, bool async_proxy, uint32_t lanes);
-  void finish(const JobEntity& job) { if (job.entity >= 2 * threads_.size()) free_.push_back(job.entity); }
+  void finish(const JobEntity& job) { if (!is_copy(job)) free_.push_back(job.entity); }
   void acquire(Warp& w, uint32_t lanes, const JobEntity& job);  // lanes have waited for its end (of cp.async: one lane)
   static void release_job(Order& into, const JobEntity& job) { into.seen.raise(job.entity, job.clock); into.proxy.raise(job.entity, job.clock); }
   // Synchronisation, by some lanes of a warp.
@@ -153,17 +156,19 @@ class Watch {
   bool proxy_knows(const Thread& me, const Mark& m) const;
   void view(const Warp& w, uint32_t lanes, Order& into);  // what these lanes know and did
   void check_started(Ctx& c, const Thread& me, const Cta& cta, const char* what) const;
-  void add_reader(Cell& x, const Mark& mark, bool replace);
+  struct Reader { Mark mark; int32_t next; };
+  void add_reader(Cell& x, const Mark& mark, uint32_t superseded);
   void forget_readers(Cell& x);
   [[noreturn]] void hazard(Ctx& c, const Cta& cta, uint32_t offset, uint64_t bytes, const char* what, const Mark& before, const char* did);
   std::string name(uint32_t entity) const;
   Cell* cells(const Cta& cta, uint32_t end);
+  struct Cells { Block storage; uint32_t count = 0; };
   uint32_t warps_;
   uint32_t words_;
   std::vector<Thread> threads_;
-  std::vector<std::vector<Cell>> cells_;
-  std::vector<std::vector<Mark>> readers_;
-  std::vector<int32_t> spare_readers_;
+  std::vector<Cells> cells_;
+  std::vector<Reader> readers_;
+  int32_t spare_reader_ = -1;
   std::deque<uint32_t> free_;  // reused late, so that one operation is not taken for another
   std::vector<uint32_t> job_clock_;
   std::vector<uint32_t> job_maker_;

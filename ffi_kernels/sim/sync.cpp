@@ -13,7 +13,7 @@ void complete(Machine& m, Barrier& b) {
   b.reduction[0] = 0;
   b.reduction[1] = 1;
   b.reduction[2] = 0;
-  b.done = b.next;
+  std::swap(b.done, b.next);
   b.next.clear();
   ++b.generation;
   m.event();
@@ -154,7 +154,7 @@ void exit_lanes(Machine& m, Warp& w, uint32_t lanes) {
     if (lanes >> l & 1 && w.cluster_token[l] == cluster.generation + 1) --cluster.arrived;
   }
   if (cluster.arrived && cluster.arrived == cluster.live_threads) {
-    cluster.done = cluster.next;
+    std::swap(cluster.done, cluster.next);
     cluster.next.clear();
     cluster.arrived = 0;
     ++cluster.generation;
@@ -163,12 +163,11 @@ void exit_lanes(Machine& m, Warp& w, uint32_t lanes) {
   if (!w.cta->live_threads) check_tensor_freed(*w.cta);
   Watch* watch = watch_of(*w.cta);
   if (!watch) return;
-  for (int l = 0; l < 32; ++l) {
-    if (!(lanes >> l & 1)) continue;
-    const Groups& g = w.bulk[l];
-    if (!g.open.empty() || !g.committed.empty()) {
-      fail("hazard in shared memory: lane %d exits without waiting (cp.async.bulk.wait_group.read) for its bulk copies out of shared memory, which may still read it", l);
-    }
+  uint32_t reading = 0;
+  for (const Groups::Member& m : w.bulk.open) reading |= m.lanes & lanes;
+  for (const Groups::Group& g : w.bulk.committed) for (const Groups::Member& m : g.members) reading |= m.lanes & g.lanes & lanes;
+  if (reading) {
+    fail("hazard in shared memory: lane %d exits without waiting (cp.async.bulk.wait_group.read) for its bulk copies out of shared memory, which may still read it", __builtin_ctz(reading));
   }
   if (!w.live) watch->leave(w);
   if (w.cta->live_threads) return;

@@ -89,7 +89,7 @@ Step copy(Ctx& c, const Instr& in) {
       walk(m, x.data(), [&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element, k.reduce ? Access::both : Access::write); });
       const Type type = k.reduce ? reduced_type(m, k.op) : Type::none;
       if (k.reduce && type == Type::none) fail("a reduction of this tensor's type is not modelled");
-      add_to_group(c, job, 1u << l, true);
+      c.warp->bulk.open.push_back({job, job->entity, 1u << l});
       submit(c, job, [=, &k](Ctx&) {
         walk(m, x.data(), [&](uint64_t g, uint32_t offset) {
           if (!g) return;
