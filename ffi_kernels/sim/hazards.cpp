@@ -19,19 +19,24 @@ std::string Watch::name(uint32_t e) const {
   return "an asynchronous operation (issued by " + warp(e < 2 * count ? e - count : job_maker_[e - 2 * count]) + ")";
 }
 
-Cell* Watch::cells(const Cta& cta, uint32_t end) {
+Watch::Cells& Watch::cells(const Cta& cta, uint32_t end) {
   Cells& all = cells_[cta.rank];
   if (end > all.count) {  // tensor memory comes when it is used
     const uint32_t count = end <= words_ ? words_ : words_ + 4 * 512;
-    Block larger(count * sizeof(Cell));
-    Cell* const cells = reinterpret_cast<Cell*>(larger.data());
-    if (all.count) std::memcpy(static_cast<void*>(cells), all.storage.data(), all.count * sizeof(Cell));
-    std::uninitialized_fill(cells + all.count, cells + count, Cell());
+    Block larger(count * sizeof(Cell)), chains(count * sizeof(int32_t));
+    if (all.count) {
+      std::memcpy(larger.data(), all.storage.data(), all.count * sizeof(Cell));
+      std::memcpy(chains.data(), all.chains.data(), all.count * sizeof(int32_t));
+    }
+    std::memset(larger.data() + all.count * sizeof(Cell), 0, (count - all.count) * sizeof(Cell));
     all.storage = std::move(larger);
+    all.chains = std::move(chains);
     all.count = count;
   }
-  return reinterpret_cast<Cell*>(all.storage.data());
+  return all;
 }
+
+const Raw* Watch::statement(const Ctx& c, const Mark& m) const { return c.machine->module.statements[m.statement]; }
 
 void Watch::hazard(Ctx& c, const Cta& cta, uint32_t offset, uint64_t bytes, const char* what, const Mark& m, const char* did) {
   const uint32_t e = m.entity - 1u, self = entity_of(*c.warp);
@@ -43,7 +48,8 @@ void Watch::hazard(Ctx& c, const Cta& cta, uint32_t offset, uint64_t bytes, cons
     waited = threads_[maker].waits[__builtin_ctz(m.lanes)].first(m.clock) > 0;
   } else if (e >= count) waited = false;
   const char* why = !waited ? ", and whose end has not been waited for" : maker == self ? ", another lane of the same warp, with no bar.warp.sync between" : ", with no synchronisation between";
-  const std::string before = name(e) + " " + did + text_of(" at PTX line %u (", m.raw ? m.raw->line : 0) + (m.raw ? source_of(c.machine->module, *m.raw) + ": '" + show(*m.raw) : "?: '?") + "')" + why;
+  const Raw* raw = statement(c, m);
+  const std::string before = name(e) + " " + did + text_of(" at PTX line %u (", raw ? raw->line : 0) + (raw ? source_of(c.machine->module, *raw) + ": '" + show(*raw) : "?: '?") + "')" + why;
   if (offset >= tensor_base()) {
     const uint32_t at = (offset - tensor_base()) / 4;
     fail("hazard in tensor memory: %s columns from %u, lanes %u to %u of CTA %u, which %s", what, at % 512, at / 512 * 32, at / 512 * 32 + 31, cta.rank, before.c_str());
@@ -85,19 +91,24 @@ void Watch::check_started(Ctx& c, const Thread& me, const Cta& cta, const char* 
   fail("hazard in shared memory: %s CTA %u's shared memory that is not ordered after the start of that CTA (a barrier of the cluster is missing)", what, cta.rank);
 }
 
-void Watch::forget_readers(Cell& x) {
-  x.read = Mark();
-  while (x.more >= 0) {
-    Reader& r = readers_[static_cast<size_t>(x.more)];
-    std::swap(r.next, spare_reader_);
-    std::swap(spare_reader_, x.more);
+void Watch::forget_readers(Cells& all, uint32_t word) {
+  Cell& x = all.at(word);
+  for (int32_t i = x.read.more ? all.more(word) : -1; i >= 0;) {
+    Reader& r = readers_[static_cast<size_t>(i)];
+    const int32_t next = r.next;
+    r.next = spare_reader_;
+    spare_reader_ = i;
+    i = next;
   }
+  x.read = Mark();
 }
 
-// Beside x.read. Earlier reads of the same entity make room where they lie before: of the same lanes, or up to a clock.
-void Watch::add_reader(Cell& x, const Mark& mark, uint32_t superseded) {
+// Beside the first one. Earlier reads of the same entity make room where they lie before: of the same lanes, or up to a clock.
+void Watch::add_reader(Cells& all, uint32_t word, const Mark& mark, uint32_t superseded) {
+  Cell& x = all.at(word);
+  const int32_t first = x.read.more ? all.more(word) : -1;
   int own = 0;
-  for (int32_t i = x.more; i >= 0; i = readers_[static_cast<size_t>(i)].next) {
+  for (int32_t i = first; i >= 0; i = readers_[static_cast<size_t>(i)].next) {
     Mark& m = readers_[static_cast<size_t>(i)].mark;
     if (m.entity != mark.entity) continue;
     const bool same = m.clock == mark.clock;
@@ -105,7 +116,7 @@ void Watch::add_reader(Cell& x, const Mark& mark, uint32_t superseded) {
     const uint32_t lanes = same || own == 4 ? m.lanes | mark.lanes : mark.lanes, clock = own == 4 ? std::min(m.clock, mark.clock) : mark.clock;
     const uint8_t bytes = same || own == 4 ? m.bytes | mark.bytes : mark.bytes;
     m = mark;
-    m.bytes = bytes & 15;
+    m.bytes = bytes;
     m.lanes = lanes;
     m.clock = clock;
     return;
@@ -116,8 +127,24 @@ void Watch::add_reader(Cell& x, const Mark& mark, uint32_t superseded) {
     i = static_cast<int32_t>(readers_.size());
     readers_.emplace_back();
   }
-  readers_[static_cast<size_t>(i)] = {mark, x.more};
-  x.more = i;
+  readers_[static_cast<size_t>(i)] = {mark, first};
+  all.more(word) = i;
+  x.read.more = 1;
+}
+
+// A read of these bytes by another entity than `except` that does not lie before; null if there is none.
+const Mark* Watch::unordered_reader(const Cells& all, uint32_t word, const Mark& by, const Thread& me, uint32_t self, Lanes who, uint16_t except) const {
+  const auto unordered = [&](const Mark& m) {
+    return m.entity && m.entity != except && m.bytes & by.bytes && !(by.strong && m.strong) && !before(me, self, m, who, true);
+  };
+  const Mark& first = all.at(word).read;
+  if (unordered(first)) return &first;
+  for (int32_t i = first.more ? all.more(word) : -1; i >= 0;) {
+    const Reader& r = readers_[static_cast<size_t>(i)];
+    if (unordered(r.mark)) return &r.mark;
+    i = r.next;
+  }
+  return nullptr;
 }
 
 void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind, Lanes who) {
@@ -126,49 +153,48 @@ void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind,
   const bool write = kind == Touch::write || kind == Touch::strong_write || kind == Touch::atomic;
   const bool strong = kind != Touch::read && kind != Touch::write;
   Mark mark;
-  mark.raw = c.statement;
+  mark.statement = c.statement->id;
   mark.clock = now(me);
-  mark.lanes = who.lanes;
   mark.entity = static_cast<uint16_t>(self + 1);
   mark.strong = strong;
   if (&cta != c.cta) {
     check_started(c, me, cta, "an access of");
     remote_[cta.rank][self] = {c.statement, mark.clock, who.lanes};
   }
-  Cell* const all = cells(cta, (offset + bytes + 3) / 4);
+  Cells& all = cells(cta, (offset + bytes + 3) / 4);
   for (uint32_t b = offset; b < offset + bytes;) {
     const uint32_t word = b / 4, end = std::min(offset + bytes, (word + 1) * 4);
-    const auto mask = static_cast<uint8_t>(((1u << (end - b)) - 1) << (b % 4));
+    const auto mask = static_cast<uint8_t>(((1u << (end - b)) - 1) << (b % 4) & 15);
     b = end;
-    mark.bytes = mask & 15;
+    mark.bytes = mask;
     mark.lanes = who.lanes;
-    Cell& x = all[word];
-    const auto conflicts = [&](const Mark& m, bool was_read) {
-      return m.entity && m.bytes & mask && !(strong && m.strong) && !before(me, self, m, who, was_read);
-    };
+    Cell& x = all.at(word);
     const auto same = [&](const Mark& m) { return m.entity == mark.entity && m.clock == mark.clock; };
-    if (!(write && x.write.entity == mark.entity) && conflicts(x.write, false)) hazard(c, cta, offset, bytes, write ? "writes" : "reads", x.write, "writes");
+    const Mark& w = x.write;
+    if (w.entity && w.bytes & mask && !(strong && w.strong) && !(write && w.entity == mark.entity) && !before(me, self, w, who, false)) {
+      hazard(c, cta, offset, bytes, write ? "writes" : "reads", w, "writes");
+    }
     if (!write) {
+      mark.more = x.read.more;
       if (same(x.read)) {
         mark.lanes |= x.read.lanes;
-        mark.bytes = (mark.bytes | x.read.bytes) & 15;
+        mark.bytes |= x.read.bytes;
         x.read = mark;
-      } else if (!x.read.entity || (x.read.entity == mark.entity && !(x.read.lanes & ~who.own)) || (x.more < 0 && before(me, self, x.read, who, true))) {
+      } else if (!x.read.entity || (x.read.entity == mark.entity && !(x.read.lanes & ~who.own)) || (!x.read.more && before(me, self, x.read, who, true))) {
         x.read = mark;
-      } else add_reader(x, mark, std::max(me.reads, me.order.seen.at(self)));
+      } else {
+        mark.more = 0;
+        add_reader(all, word, mark, std::max(me.reads, me.order.seen.at(self)));
+      }
       continue;
     }
-    if (conflicts(x.read, true)) hazard(c, cta, offset, bytes, "writes", x.read, "reads");
-    for (int32_t i = x.more; i >= 0; i = readers_[static_cast<size_t>(i)].next) {
-      const Mark& m = readers_[static_cast<size_t>(i)].mark;
-      if (conflicts(m, true)) hazard(c, cta, offset, bytes, "writes", m, "reads");
-    }
-    if (same(x.write)) {
-      mark.lanes |= x.write.lanes;
-      mark.bytes = (mark.bytes | x.write.bytes) & 15;
+    if (const Mark* m = unordered_reader(all, word, mark, me, self, who, 0)) hazard(c, cta, offset, bytes, "writes", *m, "reads");
+    if (same(w)) {
+      mark.lanes |= w.lanes;
+      mark.bytes |= w.bytes;
     }
     x.write = mark;
-    if (mask == 15) forget_readers(x);
+    if (mask == 15) forget_readers(all, word);
   }
   if (!strong) return;
   Order& place = locations_[uint64_t{cta.rank} << 32 | offset];
@@ -206,66 +232,84 @@ bool Watch::proxy_knows(const Thread& me, const Mark& m) const {
   return false;
 }
 
+namespace {
+bool like(const Mark& a, const Mark& b) { return a.entity == b.entity && a.clock == b.clock && !(a.lanes & ~b.lanes); }
+}  // namespace
+
+Watch::Access::Access(Watch& watch, Ctx& c, const JobEntity& job, bool write, bool async_proxy, uint32_t lanes)
+    : watch_(watch), c_(c), self_(watch.entity_of(*c.warp)), me_(watch.threads_[self_]), copy_(watch.is_copy(job)), write_(write), who_{lanes, lanes} {
+  mark_.statement = c.statement->id;
+  mark_.clock = job.clock;
+  mark_.lanes = copy_ ? lanes : kAll;
+  mark_.entity = static_cast<uint16_t>(job.entity + 1);
+  mark_.bytes = 15;
+  mark_.async = async_proxy;
+}
+
+void Watch::Access::check_write(Cta& cta, uint32_t offset, uint64_t bytes, const Mark& m) {
+  if (!ordered(m, false)) watch_.hazard(c_, cta, offset, bytes, write_ ? "an asynchronous operation writes" : "an asynchronous operation reads", m, "writes");
+  if (!write_ && mark_.async && !m.async && m.entity <= watch_.threads_.size() && !watch_.proxy_knows(me_, m)) {
+    const Raw& raw = *watch_.statement(c_, m);
+    fail("hazard in shared memory: an asynchronous operation reads %llu bytes at offset 0x%x of CTA %u's shared memory, which %s writes at PTX line %u (%s: '%s'), with no fence.proxy.async between",
+         (unsigned long long)bytes, offset, cta.rank, watch_.name(m.entity - 1u).c_str(), raw.line, source_of(c_.machine->module, raw).c_str(), show(raw).c_str());
+  }
+}
+
+void Watch::Access::forget_ordered(Cells& all, uint32_t word) {  // further reads that lie before
+  int32_t* at = &all.more(word);
+  while (*at >= 0) {
+    Reader& r = watch_.readers_[static_cast<size_t>(*at)];
+    if (!ordered(r.mark, true)) {
+      at = &r.next;
+      continue;
+    }
+    const int32_t free = *at;
+    *at = r.next;
+    r.next = watch_.spare_reader_;
+    watch_.spare_reader_ = free;
+  }
+  all.at(word).read.more = all.more(word) >= 0;
+}
+
+void Watch::Access::touch(Cta& cta, uint32_t offset, uint64_t bytes) {
+  if (&cta != c_.cta) {
+    watch_.check_started(c_, me_, cta, "a copy to");
+    watch_.remote_[cta.rank][mark_.entity - 1u] = {c_.statement, mark_.clock, kAll};
+  }
+  const uint32_t end = static_cast<uint32_t>((offset + bytes + 3) / 4);
+  Cells& all = watch_.cells(cta, end);
+  for (uint32_t word = offset / 4; word < end; ++word) {
+    Cell& x = all.at(word);
+    if (x.write.entity && !like(x.write, good_)) {
+      check_write(cta, offset, bytes, x.write);
+      good_ = x.write;
+      const uint32_t e = good_.entity - 1u;
+      if (me_.order.seen.at(e) >= good_.clock && (write_ || me_.order.proxy.at(e) >= good_.clock)) good_.lanes = kAll;
+    }
+    if (write_) {
+      if (x.read.entity && (x.read.more || !like(x.read, good_read_))) {
+        const Mark* m = watch_.unordered_reader(all, word, mark_, me_, self_, who_, copy_ ? 0 : mark_.entity);
+        if (m) watch_.hazard(c_, cta, offset, bytes, "an asynchronous operation writes", *m, "reads");
+        good_read_ = x.read;
+      }
+      x.write = mark_;
+      watch_.forget_readers(all, word);
+    } else if (!like(x.read, mark_)) {
+      if (x.read.more) forget_ordered(all, word);
+      if (x.read.entity && !like(x.read, good_read_) && !ordered(x.read, true)) {
+        watch_.add_reader(all, word, mark_, UINT32_MAX);
+        continue;
+      }
+      good_read_ = x.read;
+      const uint8_t more = x.read.more;
+      x.read = mark_;
+      x.read.more = more;
+    }
+  }
+}
+
 void Watch::job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, uint64_t bytes, bool write, bool async_proxy, uint32_t lanes) {
-  const uint32_t self = entity_of(*c.warp);
-  Thread& me = threads_[self];
-  const bool copy = is_copy(job);
-  const Lanes who{lanes, lanes};
-  if (&cta != c.cta) {
-    check_started(c, me, cta, "a copy to");
-    remote_[cta.rank][job.entity] = {c.statement, job.clock, kAll};
-  }
-  Mark mark;
-  mark.raw = c.statement;
-  mark.clock = job.clock;
-  mark.lanes = copy ? lanes : kAll;
-  mark.entity = static_cast<uint16_t>(job.entity + 1);
-  mark.bytes = 15;
-  mark.async = async_proxy;
-  Mark good, good_read;  // found to lie before: neighbours mostly were accessed together
-  const auto like = [](const Mark& a, const Mark& b) { return a.entity == b.entity && a.clock == b.clock && a.lanes == b.lanes; };
-  const auto ordered = [&](const Mark& m, bool was_read) { return (m.entity == mark.entity && !copy) || before(me, self, m, who, was_read); };
-  const uint32_t first = offset / 4, end = static_cast<uint32_t>((offset + bytes + 3) / 4);
-  Cell* const all = cells(cta, end);
-  for (uint32_t word = first; word < end; ++word) {
-    Cell& x = all[word];
-    if (x.write.entity && !like(x.write, good)) {
-      if (!ordered(x.write, false)) hazard(c, cta, offset, bytes, write ? "an asynchronous operation writes" : "an asynchronous operation reads", x.write, "writes");
-      if (!write && async_proxy && !x.write.async && x.write.entity <= threads_.size() && !proxy_knows(me, x.write)) {
-        fail("hazard in shared memory: an asynchronous operation reads %llu bytes at offset 0x%x of CTA %u's shared memory, which %s writes at PTX line %u (%s: '%s'), with no fence.proxy.async between",
-             (unsigned long long)bytes, offset, cta.rank, name(x.write.entity - 1u).c_str(), x.write.raw->line, source_of(c.machine->module, *x.write.raw).c_str(), show(*x.write.raw).c_str());
-      }
-      good = x.write;
-    }
-    if (write) {
-      if (x.read.entity && !like(x.read, good_read)) {
-        if (!ordered(x.read, true)) hazard(c, cta, offset, bytes, "an asynchronous operation writes", x.read, "reads");
-        good_read = x.read;
-      }
-      for (int32_t i = x.more; i >= 0; i = readers_[static_cast<size_t>(i)].next) {
-        const Mark& m = readers_[static_cast<size_t>(i)].mark;
-        if (!ordered(m, true)) hazard(c, cta, offset, bytes, "an asynchronous operation writes", m, "reads");
-      }
-      x.write = mark;
-      forget_readers(x);
-    } else if (!like(x.read, mark)) {
-      for (int32_t* i = &x.more; *i >= 0;) {  // what lies before makes room
-        Reader& r = readers_[static_cast<size_t>(*i)];
-        if (!ordered(r.mark, true)) {
-          i = &r.next;
-          continue;
-        }
-        const int32_t free = *i;
-        *i = r.next;
-        r.next = spare_reader_;
-        spare_reader_ = free;
-      }
-      bool replace = !x.read.entity || like(x.read, good_read);
-      if (!replace && ordered(x.read, true)) { good_read = x.read; replace = true; }
-      if (replace) x.read = mark;
-      else add_reader(x, mark, 0);
-    }
-  }
+  Access(*this, c, job, write, async_proxy, lanes).touch(cta, offset, bytes);
 }
 
 }  // namespace dsv4::sim

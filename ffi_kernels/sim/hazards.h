@@ -62,19 +62,18 @@ struct Order {  // what a synchronising object carries
   void clear() { seen.clear(); proxy.clear(); reads.clear(); inits.clear(); }
 };
 
-struct Mark {  // an access of a word
-  const Raw* raw = nullptr;
+struct Mark {  // an access of a word: two machine words, since there are millions of them
+  uint32_t statement = 0;  // in Module::statements
   uint32_t clock = 0, lanes = 0;
   uint16_t entity = 0;  // plus one; 0: none
-  uint8_t bytes : 4;
+  uint8_t bytes = 0;
   uint8_t strong : 1;   // atomic or volatile
   uint8_t async : 1;    // by the async proxy
-  Mark() : bytes(0), strong(0), async(0) {}
+  uint8_t more : 1;     // of Cell::read: there are further readers, a chain in Watch::readers_
+  uint8_t : 5;
+  Mark() : strong(0), async(0), more(0) {}
 };
-struct Cell {
-  Mark write, read;
-  int32_t more = -1;  // further readers: a chain in Watch::readers_
-};
+struct Cell { Mark write, read; };
 
 struct JobEntity { uint32_t entity = 0, clock = 0; };
 
@@ -100,6 +99,7 @@ class Watch {
   bool is_copy(const JobEntity& job) const { return job.entity < 2 * threads_.size(); }
   void close_copies(Warp& w) { ++threads_[entity_of(w)].copies; }
   uint32_t tensor_base() const { return words_ * 4; }  // tensor memory follows shared memory: 4 quarters of 512 columns
+  class Access;  // of one operation: what was found to lie before is remembered from piece to piece
   void job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, uint64_t bytes, bool write, bool async_proxy, uint32_t lanes);
   void finish(const JobEntity& job) { if (!is_copy(job)) free_.push_back(job.entity); }
   void acquire(Warp& w, uint32_t lanes, const JobEntity& job);  // lanes have waited for its end (of cp.async: one lane)
@@ -157,12 +157,19 @@ class Watch {
   void view(const Warp& w, uint32_t lanes, Order& into);  // what these lanes know and did
   void check_started(Ctx& c, const Thread& me, const Cta& cta, const char* what) const;
   struct Reader { Mark mark; int32_t next; };
-  void add_reader(Cell& x, const Mark& mark, uint32_t superseded);
-  void forget_readers(Cell& x);
+  struct Cells {  // of a CTA
+    Block storage, chains;
+    uint32_t count = 0;
+    Cell& at(uint32_t word) const { return reinterpret_cast<Cell*>(storage.data())[word]; }
+    int32_t& more(uint32_t word) const { return reinterpret_cast<int32_t*>(chains.data())[word]; }  // where the read mark says so
+  };
+  void add_reader(Cells& all, uint32_t word, const Mark& mark, uint32_t superseded);
+  void forget_readers(Cells& all, uint32_t word);
+  const Mark* unordered_reader(const Cells& all, uint32_t word, const Mark& by, const Thread& me, uint32_t self, Lanes who, uint16_t except) const;
   [[noreturn]] void hazard(Ctx& c, const Cta& cta, uint32_t offset, uint64_t bytes, const char* what, const Mark& before, const char* did);
   std::string name(uint32_t entity) const;
-  Cell* cells(const Cta& cta, uint32_t end);
-  struct Cells { Block storage; uint32_t count = 0; };
+  Cells& cells(const Cta& cta, uint32_t end);
+  const Raw* statement(const Ctx& c, const Mark& m) const;
   uint32_t warps_;
   uint32_t words_;
   std::vector<Thread> threads_;
@@ -175,6 +182,25 @@ class Watch {
   std::unordered_map<uint64_t, Order> locations_;              // of strong accesses
   std::vector<std::unordered_map<uint32_t, Remote>> remote_;   // per CTA: entity -> last access from another CTA
   std::vector<Clock> gone_;                                    // per CTA: what its exited warps had seen
+};
+
+// The accesses of an asynchronous operation, issued by some lanes of the warp of `c`.
+class Watch::Access {
+ public:
+  Access(Watch& watch, Ctx& c, const JobEntity& job, bool write, bool async_proxy, uint32_t lanes);
+  void touch(Cta& cta, uint32_t offset, uint64_t bytes);
+
+ private:
+  bool ordered(const Mark& m, bool was_read) const { return (m.entity == mark_.entity && !copy_) || watch_.before(me_, self_, m, who_, was_read); }
+  void forget_ordered(Cells& all, uint32_t word);
+  void check_write(Cta& cta, uint32_t offset, uint64_t bytes, const Mark& m);
+  Watch& watch_;
+  Ctx& c_;
+  const uint32_t self_;
+  Thread& me_;
+  const bool copy_, write_;
+  const Lanes who_;
+  Mark mark_, good_, good_read_;  // the latter were found to lie before; good_ of all lanes, if its whole warp did
 };
 
 }  // namespace dsv4::sim

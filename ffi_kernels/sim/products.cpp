@@ -4,8 +4,6 @@
 #include <array>
 #include <cstring>
 
-#include "formats.h"
-
 // One binary for every x86: the loader picks the widest vectors that the machine has. All give the same bits.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define EVERY_WIDTH __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -46,12 +44,17 @@ template <int kBits, class F> __attribute__((always_inline)) inline void each(co
   for (int i = 0; i < count; ++i) for (int e = 0; e < per; ++e) f(i * per + e, words[i] >> (kBits * e) & mask);
 }
 
-EVERY_WIDTH void unpack_halves(const uint32_t* words, int count, double* to) {
-  each<16>(words, count, [&](int i, uint32_t x) { to[i] = value_of(Half{static_cast<uint16_t>(x)}); });
+// Words as pairs of 16 bits: loops that become vector instructions.
+template <class H> __attribute__((always_inline)) inline void unpack_pairs(const uint32_t* words, int count, double* to) {
+  const auto* halves = reinterpret_cast<const H*>(words);
+  for (int i = 0; i < 2 * count; ++i) {
+    H h;
+    std::memcpy(&h, halves + i, sizeof h);
+    to[i] = value_of(h);
+  }
 }
-EVERY_WIDTH void unpack_bf16(const uint32_t* words, int count, double* to) {
-  each<16>(words, count, [&](int i, uint32_t x) { to[i] = bit_cast<float>(x << 16); });
-}
+EVERY_WIDTH void unpack_halves(const uint32_t* words, int count, double* to) { unpack_pairs<Half>(words, count, to); }
+EVERY_WIDTH void unpack_bf16(const uint32_t* words, int count, double* to) { unpack_pairs<Bf16>(words, count, to); }
 
 }  // namespace
 
@@ -81,8 +84,5 @@ void unpack(Type t, const uint32_t* words, int count, int32_t* to) {
     default: fail("no product takes elements of type .%s", name_of(t));
   }
 }
-
-uint32_t rounded_sum(double sum, Type d) { return d == Type::f16 ? half_bits(sum) : bit_cast<uint32_t>(canonical(static_cast<float>(sum))); }
-double accumulator(uint32_t bits, Type c) { return c == Type::f16 ? value_of(Half{static_cast<uint16_t>(bits)}) : bit_cast<float>(bits); }
 
 }  // namespace dsv4::sim

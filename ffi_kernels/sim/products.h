@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "formats.h"
 #include "module.h"
 
 namespace dsv4::sim {
@@ -23,12 +24,13 @@ template <class T> void transpose(const T* from, T* to, int rows, int columns) {
   for (int j = 0; j < columns; ++j) for (int i = 0; i < rows; ++i) to[j * rows + i] = from[i * columns + j];
 }
 
-// A sum as the bits of D: f32, f16 or s32 (wrapped, or saturated), with the accumulator `c` in the same type added to int32 sums.
-uint32_t rounded_sum(double sum, Type d);
+// A sum as the bits of D: f16 or f32; or s32, wrapped or saturated, where C is added last.
+inline uint32_t rounded_sum(double sum, Type d) { return d == Type::f16 ? half_bits(sum) : bit_cast<uint32_t>(canonical(static_cast<float>(sum))); }
 inline uint32_t rounded_sum(int32_t products, int32_t c, bool saturate) {
   const int64_t sum = int64_t{products} + c;
   return static_cast<uint32_t>(!saturate ? sum : sum > INT32_MAX ? INT32_MAX : sum < INT32_MIN ? INT32_MIN : sum);
 }
-double accumulator(uint32_t bits, Type c);
+// C as what sums start from.
+inline double accumulator(uint32_t bits, Type c) { return c == Type::f16 ? value_of(Half{static_cast<uint16_t>(bits)}) : bit_cast<float>(bits); }
 
 }  // namespace dsv4::sim

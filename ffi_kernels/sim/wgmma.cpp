@@ -34,10 +34,10 @@ template <class F> void each_piece(Ctx& c, const MatrixLayout& m, Type t, int fi
   }
 }
 void touch(Ctx& c, const MatrixLayout& m, Type t, int first_row, int rows, int k, const JobEntity& job) {
-  Watch& watch = *watch_of(*c.cta);
+  Watch::Access access(*watch_of(*c.cta), c, job, false, true, kAll);
   each_piece(c, m, t, first_row, rows, k, [&](uint32_t at, int) {
     shared_at(c, at, 16, 16, Access::read, Space::shared);
-    watch.job_touch(c, job, *c.cta, (at & 0xFFFFFF) - kSharedBase, 16, false, true, kAll);
+    access.touch(*c.cta, (at & 0xFFFFFF) - kSharedBase, 16);
   });
 }
 // The elements as they lie: [rows][k] if k-major, else [k][rows].
