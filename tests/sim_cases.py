@@ -314,23 +314,25 @@ case("topk f32")(lambda: [*top(F32, 9001, 64), *top(F32, 61, 16)])
 case("topk bf16")(lambda: [*top(BF16, 4100, 100), *top(BF16, 300, 300)])
 
 
-def attention(kind, form, heads, channels, shape, tokens=2, window=21, entries=37, picks=50):
+def attention(kind, form, heads, channels, shape, tokens=2, window=21, entries=37, picks=50, parts=1):
     starts, lengths = np.int32([0, window + 1, 128 * entries - 2]), np.int32([tokens, 1, tokens])
     batch, rope = 3, 64
     cache = lambda n: on_xla(lambda x: ops.encode_kv(x, rope), normal(batch, n, channels)) if form == "fp8" else normal(batch, n, channels)  # noqa: E731
-    picked = RNG.integers(-1, entries, (batch, tokens, picks)).astype(np.int32) if kind == "csa" else None
+    picked = RNG.integers(-2, entries + 3, (batch, tokens, picks)).astype(np.int32) if kind == "csa" else None
     args = (
         normal(batch, tokens, heads, channels), cache(window), cache(tokens), None if kind == "window" else cache(entries), picked,
         RNG.standard_normal(heads).astype(F32), starts, lengths, *angles(batch, tokens, rope=rope),
     )  # fmt: skip
     module = importlib.import_module("ffi_kernels.decode_attention")
-    with unittest.mock.patch.object(module, "heads_of_cta", lambda rows, n, parts, fits: shape if fits else (shape[0], 1)):
+    heads_of_cta = lambda rows, n, parts, fits: shape if fits else (shape[0], 1)  # noqa: E731
+    with unittest.mock.patch.multiple(module, heads_of_cta=heads_of_cta, parts_of=lambda keys: parts):
         return record(lambda *x: ops.decode_attention(*x, ratio={"window": 0, "csa": 4, "hca": 128}[kind], return_lse=True), *args)
 
 
 case("attention fp8 csa")(lambda: attention("csa", "fp8", 8, 128, (16, 1), window=16, entries=40, picks=24))
 case("attention fp8 hca 32")(lambda: attention("hca", "fp8", 35, 256, (32, 2)))
-case("attention fp8 tiles")(lambda: attention("csa", "fp8", 19, 128, (16, 1), tokens=1, window=40, entries=400, picks=380))
+case("attention fp8 tiles")(lambda: attention("csa", "fp8", 19, 128, (16, 1), tokens=1, window=40, entries=400, picks=380, parts=2))
+case("attention bf16 hca parts")(lambda: attention("hca", "bf16", 8, 128, (16, 1), tokens=1, window=40, entries=61, parts=4))
 case("attention bf16 window")(lambda: attention("window", "bf16", 8, 128, (16, 1)))
 case("attention bf16 csa 32")(lambda: attention("csa", "bf16", 19, 256, (32, 1), tokens=1))
 
