@@ -4,6 +4,7 @@ Shapes are small but awkward: more tiles than teams, ragged edges, every branch 
 launches of a case; a case belongs to one .cu file, the stem of which begins its name.
 """
 
+import contextlib
 import importlib
 import unittest.mock
 
@@ -39,8 +40,8 @@ def case(name):
 
 
 def normal(*shape, dtype=BF16, spread=2):
-    """Rows of different sizes, so that a wrong row or scale shows."""
-    sizes = np.exp2(RNG.integers(-spread, spread + 1, (*shape[:-1], 1)))
+    """Blocks of 16 of different sizes, so that a wrong row or scale shows."""
+    sizes = np.exp2(RNG.integers(-spread, spread + 1, (*shape[:-1], -(-shape[-1] // 16)))).repeat(16, -1)[..., : shape[-1]]
     return jnp.asarray((RNG.standard_normal(shape) * sizes).astype(dtype))
 
 
@@ -52,6 +53,15 @@ def angles(*leading, rope=ROPE):
 def on_xla(function, *arguments):
     with ops.backend("xla"):
         return jax.jit(function)(*arguments)
+
+
+@contextlib.contextmanager
+def changed(module, **values):
+    """Module `module` of ffi_kernels with other values of its constants or functions."""
+    with contextlib.ExitStack() as stack:
+        for name, value in values.items():
+            stack.enter_context(unittest.mock.patch.object(importlib.import_module(f"ffi_kernels.{module}"), name, value))
+        yield
 
 
 # --- linear, experts -------------------------------------------------------------------------------------------------
@@ -70,24 +80,34 @@ def given(how, kind, x):
     return x if how == "plain" else ops.Unquantized(x) if how == "raw" else on_xla(INPUT_OF[kind], x)
 
 
-def one_linear(kind, how, rows, n, k):
-    return record(ops.linear, given(how, kind, normal(rows, k)), random_weight(kind, n, k))
+def one_linear(kind, how, rows, n, k, **patched):
+    with changed("linear", **patched):
+        return record(ops.linear, given(how, kind, normal(rows, k)), random_weight(kind, n, k))
 
 
 for _name, _how in LINEAR.items():
     case(f"linear {_name}")(lambda how=_how: one_linear(*how))
 
 
-def several(kinds, sizes, rows=2, k=512):
+# One CTA, so that its teams take many tiles in turn: a team of 16 warps for each tile, and a warp alone for each.
+ONE_CTA = {"CTAS": {"sim": 1}}
+for _kind in ("fp8", "mxfp4", "nvfp4"):
+    case(f"linear {_kind} turns")(lambda kind=_kind: one_linear(kind, "raw", 1, 48, 8192 if kind != "fp8" else 4096, **ONE_CTA))
+    case(f"linear {_kind} alone")(lambda kind=_kind: one_linear(kind, "raw", 1, 32, 2048, **ONE_CTA, MACHINE_WARPS=1))
+
+
+def several(kinds, sizes, rows=2, k=512, **patched):
     x = normal(rows, k)
     xs = tuple(x if kind == "bf16" else ops.Unquantized(x) for kind in kinds)
     ws = tuple(random_weight(kind, n, k, seed=i) for i, (kind, n) in enumerate(zip(kinds, sizes, strict=True)))
-    return record(ops.linears, xs, ws, (jnp.float32, jnp.bfloat16, jnp.float32, jnp.float32)[: len(ws)])
+    with changed("linear", **patched):
+        return record(ops.linears, xs, ws, (jnp.float32, jnp.bfloat16, jnp.float32, jnp.float32)[: len(ws)])
 
 
 case("linear many fp8")(lambda: several(("fp8",) * 3, (96, 16, 48)))
 case("linear many nvfp4")(lambda: several(("nvfp4",) * 2, (96, 32)))
 case("linear many")(lambda: several(("mxfp4", "bf16", "nvfp4", "fp8"), (80, 16, 48, 96)))
+case("linear many turns")(lambda: several(("bf16", "nvfp4", "mxfp4", "fp8"), (64, 48, 80, 32), **ONE_CTA))
 case("linear many ragged")(lambda: several(("bf16", "nvfp4", "mxfp4"), (40, 100, 24), 5, 256))
 
 
@@ -106,7 +126,7 @@ def experts(routed, shared, rows, slots, sizes, room=None):
         weights[1, 1] = 0
     module = importlib.import_module("ffi_kernels.experts")
     most = module.MAX_SHARED_BYTES if room is None else module._fixed_bytes(2) + (module.GROUPS_BYTES + 47) // 16 * 16 + module.tile.column_space_bytes(hidden, room)
-    with unittest.mock.patch.object(module, "MAX_SHARED_BYTES", most):
+    with changed("experts", MAX_SHARED_BYTES=most):
         run = lambda *x: ops.experts(*x, limit=1.5, dtype=jnp.float32)  # noqa: E731
         return record(run, normal(rows, hidden, spread=1), part(routed, (count,), width), part(shared, (), own) if own else None, ids, weights)
 
@@ -114,7 +134,7 @@ def experts(routed, shared, rows, slots, sizes, room=None):
 EXPERTS = {
     "bf16": ("bf16", "bf16", 2, 2, (3, 256, 256, 128)), "official": ("mxfp4", "fp8", 2, 2, (3, 512, 512, 512)),
     "nvfp4": ("nvfp4", "nvfp4", 2, 2, (3, 512, 512, 512)), "ragged": ("nvfp4", "fp8", 3, 2, (6, 128, 256, 128)),
-    "batches": ("nvfp4", "nvfp4", 11, 2, (6, 128, 256, 128), 3), "ragged bf16": ("bf16", "bf16", 2, 2, (3, 40, 72, 24)),
+    "batches": ("nvfp4", "nvfp4", 11, 2, (6, 128, 256, 128), 3), "plain batches": ("bf16", "bf16", 11, 2, (6, 48, 128, 40), 3), "ragged bf16": ("bf16", "bf16", 2, 2, (3, 40, 72, 24)),
     "no shared": ("mxfp4", "mxfp4", 2, 3, (6, 128, 128, 0)),
 }  # fmt: skip
 for _name, _how in EXPERTS.items():
@@ -294,7 +314,9 @@ def index_scores(form, batch, tokens, heads, entries, wide=False):
         keys = on_xla(ops.quantize_mxfp4, keys)
         if wide:
             keys = ops.MXFP4Tensor(keys.data, jnp.asarray(RNG.integers(90, 160, keys.scale.shape), jnp.uint8))
-    visible = RNG.integers(0, entries + 5, (batch, tokens)).astype(np.int32)
+        q = q.at[0, 0, -1, 64:].multiply(2.0**-9) if wide else q  # a head that is no integers
+    visible = RNG.integers(0, entries // 2, (batch, tokens)).astype(np.int32)
+    visible[0] = entries + 5
     return record(ops.index_scores, q, keys, weights, visible)
 
 
@@ -307,10 +329,12 @@ case("indexer_bf16 64")(lambda: index_scores("bf16", 1, 2, 64, 40))
 
 def top(dtype, entries, count):
     scores = RNG.choice(RNG.standard_normal(entries // 3), (2, 1, entries)).astype(dtype)  # ties
+    scores[1, 0, -13:] = 99  # behind what is visible
     return record(lambda s, v: ops.top_entries(s, v, count), jnp.asarray(scores), np.int32([[entries], [entries - 13]]))
 
 
 case("topk f32")(lambda: [*top(F32, 9001, 64), *top(F32, 61, 16)])
+case("topk cluster")(lambda: top(F32, 16500, 300))  # more than a CTA holds
 case("topk bf16")(lambda: [*top(BF16, 4100, 100), *top(BF16, 300, 300)])
 
 
@@ -323,16 +347,15 @@ def attention(kind, form, heads, channels, shape, tokens=2, window=21, entries=3
         normal(batch, tokens, heads, channels), cache(window), cache(tokens), None if kind == "window" else cache(entries), picked,
         RNG.standard_normal(heads).astype(F32), starts, lengths, *angles(batch, tokens, rope=rope),
     )  # fmt: skip
-    module = importlib.import_module("ffi_kernels.decode_attention")
     heads_of_cta = lambda rows, n, parts, fits: shape if fits else (shape[0], 1)  # noqa: E731
-    with unittest.mock.patch.multiple(module, heads_of_cta=heads_of_cta, parts_of=lambda keys: parts):
+    with changed("decode_attention", heads_of_cta=heads_of_cta, parts_of=lambda keys: parts):
         return record(lambda *x: ops.decode_attention(*x, ratio={"window": 0, "csa": 4, "hca": 128}[kind], return_lse=True), *args)
 
 
 case("attention fp8 csa")(lambda: attention("csa", "fp8", 8, 128, (16, 1), window=16, entries=40, picks=24))
 case("attention fp8 hca 32")(lambda: attention("hca", "fp8", 35, 256, (32, 2)))
 case("attention fp8 tiles")(lambda: attention("csa", "fp8", 19, 128, (16, 1), tokens=1, window=40, entries=400, picks=380, parts=2))
-case("attention bf16 hca parts")(lambda: attention("hca", "bf16", 8, 128, (16, 1), tokens=1, window=40, entries=61, parts=4))
+case("attention bf16 hca parts")(lambda: attention("hca", "bf16", 8, 128, (16, 1), tokens=1, window=40, entries=63, parts=4))
 case("attention bf16 window")(lambda: attention("window", "bf16", 8, 128, (16, 1)))
 case("attention bf16 csa 32")(lambda: attention("csa", "bf16", 19, 256, (32, 1), tokens=1))
 

@@ -101,7 +101,9 @@ Step remote(Ctx& c, const Instr& in) {
     for (int v = 0; v < n; ++v) one.value[v] = size == 8 ? src<uint64_t>(c, in, v)[l] : src<uint32_t>(c, in, v)[l];
     stores.push_back(one);
   }
-  submit(c, job, [stores = std::move(stores), &k, size, n, entity = job->entity, watched = watch != nullptr](Ctx& later) {
+  Order learned;  // whoever waits for the stores comes after what their issuer had waited for
+  if (watch) watch->tell(*c.warp, c.mask, learned);
+  submit(c, job, [stores = std::move(stores), &k, size, n, entity = job->entity, watched = watch != nullptr, learned = std::move(learned)](Ctx& later) {
     for (const One& s : stores) {
       for (int v = 0; v < n; ++v) {
         uint64_t x = s.value[v];
@@ -113,7 +115,10 @@ Step remote(Ctx& c, const Instr& in) {
         }
         std::memcpy(p, &x, size);
       }
-      if (watched) Watch::release_job(s.signal->next, entity);
+      if (watched) {
+        Watch::release_job(s.signal->next, entity);
+        s.signal->next.join(learned);
+      }
       mbarrier_tx(*later.machine, *s.signal, -static_cast<int64_t>(size) * n);
     }
   });

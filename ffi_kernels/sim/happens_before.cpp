@@ -50,11 +50,16 @@ void Watch::acquire(Warp& w, uint32_t lanes, const JobEntity& job) {
   acquire(w, lanes, done);
 }
 
-void Watch::view(const Warp& w, uint32_t lanes, Order& into) {
-  const uint32_t self = entity_of(w);
-  const Thread& me = threads_[self];
+void Watch::tell(const Warp& w, uint32_t lanes, Order& into) const {
+  const Thread& me = threads_[entity_of(w)];
   into.join(me.order);
   for (const Partial& p : me.partial) if (p.lanes & lanes) into.join(p.order);
+}
+
+void Watch::view(const Warp& w, uint32_t lanes, Order& into) const {
+  const uint32_t self = entity_of(w);
+  const Thread& me = threads_[self];
+  tell(w, lanes, into);
   into.seen.raise(self, me.clock, lanes | ~w.live);
   into.reads.raise(self, me.reads);
 }
@@ -72,8 +77,8 @@ void Watch::init_fence(Warp& w) {
 }
 void Watch::release(Warp& w, uint32_t lanes, Order& into) {
   Thread& me = threads_[entity_of(w)];
-  me.order.inits.raise(entity_of(w), me.clock);
   view(w, lanes, into);
+  into.inits.raise(entity_of(w), me.clock);
   me.released = true;
 }
 void Watch::acquire(Warp& w, uint32_t lanes, const Order& from) {
@@ -89,7 +94,7 @@ void Watch::acquire(Warp& w, uint32_t lanes, const Order& from) {
 void Watch::fence(Warp& w, uint32_t lanes) {
   Thread& me = threads_[entity_of(w)];
   acquire(w, lanes, me.pending);
-  me.order.inits.raise(entity_of(w), me.clock);
+  me.init_fence = me.clock;
   view(w, lanes, me.fenced);
   me.released = true;
 }

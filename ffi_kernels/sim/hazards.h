@@ -107,6 +107,7 @@ class Watch {
   // Synchronisation, by some lanes of a warp.
   void release(Warp& w, uint32_t lanes, Order& into);
   void release_relaxed(Warp& w, Order& into);  // only what an earlier fence has ordered
+  void tell(const Warp& w, uint32_t lanes, Order& into) const;  // what lanes have learned, without what they did themselves
   void init_fence(Warp& w);
   void acquire(Warp& w, uint32_t lanes, const Order& from);
   void fence(Warp& w, uint32_t lanes);
@@ -154,7 +155,7 @@ class Watch {
   bool known(const Order& order, const Mark& m, uint32_t entity, uint32_t clock, uint32_t lanes, bool was_read) const;
   bool before(const Thread& me, uint32_t self, const Mark& m, Lanes who, bool was_read) const;
   bool proxy_knows(const Thread& me, const Mark& m) const;
-  void view(const Warp& w, uint32_t lanes, Order& into);  // what these lanes know and did
+  void view(const Warp& w, uint32_t lanes, Order& into) const;  // what these lanes know and did
   void check_started(Ctx& c, const Thread& me, const Cta& cta, const char* what) const;
   struct Reader { Mark mark; int32_t next; };
   struct Cells {  // of a CTA

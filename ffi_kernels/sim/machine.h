@@ -18,7 +18,7 @@ constexpr uint32_t kSharedBase = 0x400;  // as on the device: the first KiB of t
 constexpr uint64_t kSharedWindow = 0x4000000000000000, kLocalWindow = 0x5000000000000000, kParamWindow = 0x6000000000000000;
 constexpr uint64_t kWindowMask = 0xF000000000000000;
 constexpr uint32_t kAll = 0xFFFFFFFFu;
-constexpr uint8_t kPoison = 0xFD;  // 0xFDFD... is a large negative number in every format
+constexpr uint8_t kPoison = 0xFF;  // a nan in every floating point format, an address that exists nowhere
 
 struct Machine;
 struct Cluster;

@@ -53,7 +53,7 @@ Step shfl(Ctx& c, const Instr& in) {  // slots: d, p, a, b, c, mask; in.a mode: 
         case 3: j = least | (bits & ~segment); p = j <= most; break;
       }
       if (!p) j = lane;
-      r[lane] = members >> (j & 31) & 1 ? a[j & 31] : 0xFDFDFDFD;  // from a lane outside the mask: undefined
+      r[lane] = members >> (j & 31) & 1 ? a[j & 31] : 0xFFFFFFFF;  // from a lane outside the mask: undefined
       valid |= static_cast<uint32_t>(p) << lane;
     }
     put(out<uint32_t>(c, in, 0), r, members);

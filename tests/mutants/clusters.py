@@ -8,7 +8,7 @@ EXCHANGE = "ffi_kernels/native/include/exchange.cuh"
 MUTANTS = [
     *of(
         EXCHANGE,
-        ("waits for the wrong parity", "b64 p, [%1], 0;", "b64 p, [%1], 1;", "hyper_connections 1 1, topk f32"),
+        ("waits for the wrong parity", "b64 p, [%1], 0;", "b64 p, [%1], 1;", "hyper_connections 1 1"),
         ("an arrival that never comes", "mbarrier.init.shared::cta.b64 [%0], 1;", "mbarrier.init.shared::cta.b64 [%0], 2;", "hyper_connections 1 1"),
         ("signals its own mbarrier for a remote store", '"r"(value), "r"(peer_address(shared_address(barrier), rank))', '"r"(value), "r"(shared_address(barrier))', "hyper_connections 1 1"),
     ),
@@ -34,17 +34,17 @@ MUTANTS = [
     ),
     *of(
         TOPK,
-        ("no barrier before the counts are sent", "  __syncthreads();\n  if (ctas > 1 &&", "  if (ctas > 1 &&", "topk f32"),
-        ("all passes receive in one place", "shared.received[pass % 2][rank]", "shared.received[0][rank]", "topk f32"),
+        ("no barrier before the counts are sent", "  __syncthreads();\n  if (ctas > 1 &&", "  if (ctas > 1 &&", "topk cluster"),
+        ("all passes receive in one place", "shared.received[pass % 2][rank]", "shared.received[0][rank]", "topk cluster"),
         ("no barrier between the warps' sums and their use", "  __syncthreads();\n  if (threadIdx.x < kBins) {\n    uint32_t above", "  if (threadIdx.x < kBins) {\n    uint32_t above", "topk f32"),
         ("no barrier before the choice is read", "  __syncthreads();\n  return shared.choice;", "  return shared.choice;", "topk f32"),
         ("one winner too few", "shared.choice = {bin, need - above, own};", "shared.choice = {bin, need - above - 1, own};", "topk f32"),
         ("no barrier before the prefix over warps", "shared.sums[warp] = total;\n  __syncthreads();", "shared.sums[warp] = total;", "topk f32"),
-        ("no wait for the other CTAs' totals", "    barrier_wait(&shared.arrived[kMaxPasses]);\n", "", "topk f32"),
-        ("a vector across the end of what is visible", "at + 4 <= visible", "at + 3 <= visible", "topk f32, topk bf16"),
-        ("winners of a CTA among those before it", "int(lane) < rank ? shared.totals[lane]", "int(lane) <= rank ? shared.totals[lane]", "topk f32"),
-        ("mbarriers without a fence behind their init", '      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");\n    }\n    asm volatile("barrier', '    }\n    asm volatile("barrier', "topk f32"),
-        ("sends before every CTA has started", '    cluster_wait();\n  }\n  __syncthreads();', "  }\n  __syncthreads();", "topk f32"),
+        ("no wait for the other CTAs' totals", "    barrier_wait(&shared.arrived[kMaxPasses]);\n", "", "topk cluster"),
+        ("a vector across the end of what is visible", "at + 4 <= visible", "at + 3 <= visible", "topk bf16"),
+        ("winners of a CTA among those before it", "int(lane) < rank ? shared.totals[lane]", "int(lane) <= rank ? shared.totals[lane]", "topk cluster"),
+        ("mbarriers without a fence behind their init", '      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");\n    }\n    asm volatile("barrier', '    }\n    asm volatile("barrier', "topk cluster"),
+        ("sends before every CTA has started", '    cluster_wait();\n  }\n  __syncthreads();', "  }\n  __syncthreads();", "topk cluster"),
     ),
     *of(
         COMPRESSOR,

@@ -9,7 +9,7 @@ MUTANTS = [
     *of(
         NORM,
         ("Hadamard: no barrier between the steps", "    __syncthreads();\n    for (int pair", "    for (int pair", "norm hadamard"),
-        ("Hadamard: no barrier at the end", "  __syncthreads();\n  for (int i = threadIdx.x; i < p.width; i += blockDim.x) assign", "  for (int i = threadIdx.x; i < p.width; i += blockDim.x) assign", "norm hadamard"),
+        ("Hadamard: a difference the wrong way round", "values[i + step] = a - b;", "values[i + step] = b - a;", "norm hadamard"),
         ("RoPE: the angles of another row", "(row / p.repeat) % p.count", "row % p.count", "norm rope"),
         ("RoPE: rows behind the end", "  if (row >= p.rows) return;\n  Pack x", "  Pack x", "norm rope"),
     ),
@@ -40,12 +40,12 @@ MUTANTS = [
         ("hash: no barrier between the slices and the score", "p.ids[row * p.count + slot] = expert;\n  __syncthreads();", "p.ids[row * p.count + slot] = expert;", "router hash"),
         ("hash: no barrier before the weights are normed", "  __syncthreads();\n  if (i == 0) write_weights", "  if (i == 0) write_weights", "router hash"),
         ("the last slice runs into the next expert", "min((slice + 1) * length, vectors)", "(slice + 1) * length", "router learned"),
-        ("scores behind the last expert", "if (i < p.per_cta * kRows && of < p.experts && row", "if (i < p.per_cta * kRows && of <= p.experts && row", "router learned"),
+        ("scores of a row behind the last", "of < p.experts && row < p.rows)", "of < p.experts && row <= p.rows)", "router learned"),
     ),
     *of(
         INDEXER,
         ("no barrier between the queries and their use", "  __syncthreads();\n\n  for (; base < visible; base += step)", "\n  for (; base < visible; base += step)", "indexer 16"),
-        ("no barrier behind the mask of wide tokens", "load_tile(p, b, base, g, j, next);\n  __syncthreads();", "load_tile(p, b, base, g, j, next);", "indexer 16"),
+        ("no barrier behind the mask of wide tokens", "load_tile(p, b, base, g, j, next);\n  __syncthreads();", "load_tile(p, b, base, g, j, next);", "indexer wide"),
         ("a score behind the last entry", "if (entry < p.entries) p.scores", "if (entry <= p.entries) p.scores", "indexer 16"),
         ("the exponent of another entry", "tile.exponents, 4 * (2 * j + g / 4))", "tile.exponents, 4 * j)", "indexer 16"),
         ("entries behind the end of the cache", "const bool real = base + 4 * g + i < p.entries;", "const bool real = true;", "indexer 16"),
