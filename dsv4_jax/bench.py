@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--draft", type=int, default=0, metavar="K", help="speculative decoding with K drafted tokens")
     sub.add_argument("--layers", type=int, help="random weights: only the first LAYERS layers")
     sub.add_argument("--experts", type=int, help="random weights: only EXPERTS routed experts, so that they fit one device")
+    _add_keeping(sub, "context and batch")
     sub.set_defaults(bench=_decode)
 
     sub = what.add_parser(
@@ -63,11 +64,17 @@ def _sizes(text: str) -> list[int]:
     return [int(m[1]) * {"": 1, "K": 2**10, "M": 2**20}[m[2]] for m in sizes]
 
 
+def _add_keeping(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--out", metavar="FILE", help=f"append the figures of each {what} to FILE as they come, a line of JSON each")
+    parser.add_argument("--seconds", type=float, metavar="S", help=f"begin no other {what} after S seconds")
+
+
 def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     """Which cases of which backend: the arguments that `dsv4 bench kernels` and `dsv4 selftest` share."""
     parser.add_argument("--model", default="flash,pro", help="shapes of which models (default: %(default)s)")
     parser.add_argument("--only", metavar="REGEX", help="only the cases whose 'model/name' matches, e.g. 'linear' or 'flash/attention'")
     parser.add_argument("--backend", help="native backend to run (default: that of this device)")
+    _add_keeping(parser, "case")
 
 
 def native_backend(name: str | None) -> str:
@@ -87,7 +94,7 @@ def selftest(args) -> int:
 
     backend = native_backend(args.backend)
     rows = []
-    for row in kernels.selftest(args.model, args.only, backend):
+    for row in kernels.kept(kernels.selftest(args.model, args.only, backend), args.out, args.seconds):
         rows.append(row)
         print(f"{row['model']:<6} {row['case']:<48} {row['bounds']:<9} {row['verdict']}", flush=True)
     failed = sum(row["verdict"] != "ok" for row in rows)
@@ -101,11 +108,11 @@ def _kernels(args) -> dict:
 
     backend = native_backend(args.backend)
     read, flops = kernels.roofline()
-    print(f"roofline measured now: read {read / 1e9:.0f} GB/s, bf16 {flops / 1e12:.0f} TFLOP/s")
+    print(f"roofline measured now: read {read / 1e9:.0f} GB/s, bf16 {flops / 1e12:.0f} TFLOP/s", flush=True)
     columns = ("time_us", "bandwidth_gbs", "tflops", "roofline_percent", "xla_us", "peer_us")
     print(f"{'case':<56}" + "".join(f"{c:>17}" for c in columns))
     rows = []
-    for row in kernels.time_cases(args.model, args.only, backend, not args.no_peers):
+    for row in kernels.kept(kernels.time_cases(args.model, args.only, backend, not args.no_peers), args.out, args.seconds):
         rows.append(row)
         figures = row.get("error") or "".join(f"{row[c]:17.1f}" if c in row else f"{'-':>17}" for c in columns)
         print(f"{row['model'] + '/' + row['case']:<56}{figures}", flush=True)
@@ -150,6 +157,7 @@ def _decode(args) -> dict:
     from dsv4_jax.cli import parse_mesh
     from dsv4_jax.generate import generate
     from dsv4_jax.model import _decode_step
+    from ffi_kernels.bench import kept
 
     if args.model in _published():
         return _random_step(args)
@@ -187,7 +195,7 @@ def _decode(args) -> dict:
     total, steps, seconds = min((loop() for _ in range(3)), key=lambda r: r[2])
     recipe = model.recipe
     device = jax.devices()[0]
-    return {
+    figures = {
         "model": args.model, "recipe": recipe.name, "device": f"{device.platform} {device.device_kind}",
         "devices": 1 if model.mesh is None else model.mesh.size, "batch": args.batch, "context": args.context,
         "tokens_per_s": args.batch * total / seconds, "ms_per_token": 1e3 * seconds / total,
@@ -198,6 +206,7 @@ def _decode(args) -> dict:
         "state_bytes_per_token": cache.bytes_per_token(model.config, recipe),
         **{f"state_bytes_per_token_{n}": cache.bytes_per_token(c, recipe) for n, c in _published().items()},
     }  # fmt: skip
+    return next(kept([figures], args.out))
 
 
 def _random_step(args) -> dict:
@@ -208,7 +217,7 @@ def _random_step(args) -> dict:
     contexts = args.context or [2**10, 2**13, 2**17, 2**20]
     if min(*args.batch, *contexts) < 1:
         raise ValueError(f"batch = {args.batch} and context = {contexts} must be at least 1.")
-    return bench_step.run(args.model, args.recipe or "official", args.layers, args.experts, contexts, args.batch)
+    return bench_step.run(args.model, args.recipe or "official", args.layers, args.experts, contexts, args.batch, args.out, args.seconds)
 
 
 def _published() -> dict:

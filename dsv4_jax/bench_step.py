@@ -22,7 +22,7 @@ from dsv4_jax import params, precision
 from dsv4_jax.config import PRESETS, ModelConfig
 from dsv4_jax.model import Model, local_decode_step
 from dsv4_jax.precision import Recipe
-from ffi_kernels.bench import roofline
+from ffi_kernels.bench import kept, roofline
 
 STEPS = 64  # of one timed loop
 LOOPS = 5
@@ -81,7 +81,7 @@ def random_state(config: ModelConfig, recipe: Recipe, batch: int, context: int, 
     with ops.backend("xla"):
         state = caches.init(config, recipe, batch, max_len, mtp=False)
         filled = [
-            jax.jit(lambda c: jax.tree_util.tree_map_with_path(fill, c, is_leaf=lambda x: isinstance(x, kinds)))(layer)
+            jax.jit(lambda c: jax.tree_util.tree_map_with_path(fill, c, is_leaf=lambda x: isinstance(x, kinds)), donate_argnums=0)(layer)
             for layer in state.layers
         ]
     return dataclasses.replace(state, layers=tuple(filled), position=jnp.full((batch,), max_len - room, jnp.int32))
@@ -127,29 +127,43 @@ def program_figures(text: str, layers: int) -> dict:
     }  # fmt: skip
 
 
-def run(name: str, recipe: str, layers: int | None, experts: int | None, contexts: list[int], batches: list[int]) -> dict:
-    """Figures of the step of a published configuration at each context and batch; prints progress as it goes."""
+def run(
+    name: str, recipe: str, layers: int | None, experts: int | None, contexts: list[int], batches: list[int],
+    out: str | None = None, limit_s: float | None = None,
+) -> dict:  # fmt: skip
+    """Figures of the step of a published configuration: all contexts at the first batch, then at the next one.
+
+    Prints progress as it goes, and keeps the figures of each setting in the file `out` at once; begins none after `limit_s`
+    seconds. A setting that does not fit the device has its sentence under 'error'.
+    """
     config, recipe = trimmed(PRESETS[name], layers, experts), precision.get(recipe)
     began = time.perf_counter()
     weights = jax.block_until_ready(random_weights(config, recipe))
     model = Model(weights, config, recipe)
     read, _ = roofline()
     device = jax.devices()[0]
-    print(f"{params.nbytes(weights) / 1e9:.1f} GB of random weights in {time.perf_counter() - began:.1f} s; read {read / 1e12:.2f} TB/s")
-    figures: dict = {
+    made_s = time.perf_counter() - began
+    print(f"{params.nbytes(weights) / 1e9:.1f} GB of random weights in {made_s:.1f} s; read {read / 1e12:.2f} TB/s", flush=True)
+    about = {
         "model": name, "recipe": recipe.name, "layers": config.num_hidden_layers, "experts": config.n_routed_experts,
-        "device": f"{device.platform} {device.device_kind}", "backend": ops.current(), "read_gbs": read / 1e9, "steps": [],
+        "device": f"{device.platform} {device.device_kind}", "backend": ops.current(), "read_gbs": read / 1e9,
+        "weight_bytes": params.nbytes(weights),
     }  # fmt: skip
-    for context in contexts:
+
+    def settings():
         for batch in batches:
-            row = {"context": context, "batch": batch, **_time(model, batch, context, read)}
-            if not figures["steps"]:
-                figures.update(row.pop("program"), trace_s=row.pop("trace_s"), compile_s=row.pop("compile_s"))
-            else:
-                row = {k: v for k, v in row.items() if k not in ("program", "trace_s", "compile_s")}
-            figures["steps"].append(row)
-            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-    return figures
+            for context in contexts:
+                row = {**about, "context": context, "batch": batch}
+                try:
+                    yield {**row, **_time(model, batch, context, read)}
+                except jax.errors.JaxRuntimeError as error:
+                    yield {**row, "error": str(error).strip().splitlines()[0][:300]}
+
+    steps = []
+    for row in kept(settings(), out, None if limit_s is None else limit_s - made_s):
+        steps.append({k: v for k, v in row.items() if k not in about})
+        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in steps[-1].items()), flush=True)
+    return {**about, "steps": steps}
 
 
 def _time(model: Model, batch: int, context: int, read: float) -> dict:
@@ -173,5 +187,5 @@ def _time(model: Model, batch: int, context: int, read: float) -> dict:
     return {
         "ms_per_step": 1e3 * step, "roofline_ms": 1e3 * need / read, "roofline_percent": 100 * need / read / step,
         "host_ms_per_step": 1e3 * float(np.median(host[1:])), "trace_s": traced - began, "compile_s": ended - traced,
-        "program": program_figures(compiled.as_text(), config.num_hidden_layers),
+        **program_figures(compiled.as_text(), config.num_hidden_layers),
     }  # fmt: skip

@@ -18,9 +18,8 @@ def picked_entries(ctx: Context, keys, q: jax.Array, head_weights: jax.Array, ch
     every entry whose block has closed and keeps the best index_topk.
     """
     c = ctx.config
-    head_weights = head_weights.astype(jnp.float32) * (c.index_head_dim**-0.5 * c.index_n_heads**-0.5)
     visible = jnp.where(chunk.valid, (chunk.positions + 1) // CSA, 0)
-    scores = ops.index_scores(q, keys, head_weights, visible)
+    scores = ops.index_scores(q, keys, head_weights, visible, c.index_head_dim**-0.5 * c.index_n_heads**-0.5)
     ctx.save("index_scores", scores)
     picked = ops.top_entries(scores, visible, c.index_topk)
     ctx.save("topk", picked)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 import ffi_kernels as ops
 from dsv4_jax import cache as caches
 from dsv4_jax import params
-from dsv4_jax.block import block
+from dsv4_jax.block import Residual, block
 from dsv4_jax.cache import DECODE_TOKENS, Chunk, DecodeState, Pending
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.layers import embed, head, kernels_for, to_streams
@@ -88,12 +88,13 @@ def _advance(ctx: Context, weights: dict, state: DecodeState, tokens: jax.Array,
     if few:
         tokens = jnp.pad(tokens, ((0, 0), (0, width - count)))
         chunk = Chunk.make(chunk.start, chunk.length, width)
-    streams = to_streams(ctx, embed(ctx, weights["embed"], tokens))
+    residual = Residual(to_streams(ctx, embed(ctx, weights["embed"], tokens)))
     layers, pending = [], []
     for i, (w, cache, ratio) in enumerate(zip(weights["layers"], state.layers, ctx.config.layer_ratios, strict=True)):
-        streams, cache, rows = block(ctx, f"layers.{i}", w, cache, streams, tokens, chunk, ratio)
+        residual, cache, rows = block(ctx, f"layers.{i}", w, cache, residual, tokens, chunk, ratio)
         layers.append(cache)
         pending.append(rows)
+    streams = residual.settled()
     if few:
         streams, pending = jax.tree.map(lambda x: x[:, :count], (streams, pending))
     return streams, dataclasses.replace(state, layers=tuple(layers)), tuple(pending)

@@ -7,6 +7,7 @@ layers.3.attn.compressor.wkv.weight. Experts are stacked on a leading axis E, an
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -154,8 +155,11 @@ def format_of(leaf) -> str:
 
 def convert(leaf, target: str):
     """A weight in another format; MXFP4 to NVFP4 keeps every number, other changes go through fp32."""
-    if format_of(leaf) == target:
-        return leaf
+    return leaf if format_of(leaf) == target else _converted(leaf, target)
+
+
+@functools.partial(jax.jit, static_argnums=1)  # one program per shape and format, not one per operation
+def _converted(leaf, target: str):
     with ops.backend("xla"):  # weights are converted once, in any size: that is not what the kernels of a step are for
         if target == "nvfp4" and isinstance(leaf, ops.MXFP4Tensor):
             return ops.mxfp4_to_nvfp4(leaf)[0]

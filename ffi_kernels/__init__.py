@@ -13,6 +13,7 @@ from ffi_kernels.experts import experts
 from ffi_kernels.indexer import index_scores, top_entries
 from ffi_kernels.hyper_connections import hc_head, hc_head_norm, hc_post, hc_post_pre_norm, hc_pre, hc_pre_norm
 from ffi_kernels.linear import gathered_linear, grouped_linear, linear, linears
+from ffi_kernels.matmul import nvfp4_matmul
 from ffi_kernels.moe import route, router_scores, swiglu
 from ffi_kernels.norm import hadamard, rms_norm, rms_norm_quantize, rope
 from ffi_kernels.numerics import round_to
@@ -26,7 +27,7 @@ from ffi_kernels.tensor import QUANTIZED, FP8Activation, FP8KVCache, FP8Tensor, 
 __all__ = [
     "QUANTIZED", "Compression", "FP8Activation", "FP8KVCache", "FP8Tensor", "MXFP4Tensor", "NVFP4Tensor", "Unquantized", "attention", "attention_inputs", "attention_inputs_and_compress", "backend",
     "backends", "commit_rows", "compress_append", "compress_pool", "current", "decode_attention", "dequantize", "encode_kv", "experts", "gathered_linear", "grouped_linear", "hadamard",
-    "hc_head", "hc_head_norm", "hc_post", "hc_post_pre_norm", "hc_pre", "hc_pre_norm", "index_scores", "kv_values", "linear", "linears", "mxfp4_to_nvfp4", "quantize_fp8",
+    "hc_head", "hc_head_norm", "hc_post", "hc_post_pre_norm", "hc_pre", "hc_pre_norm", "index_scores", "kv_values", "linear", "linears", "mxfp4_to_nvfp4", "nvfp4_matmul", "quantize_fp8",
     "quantize_fp8_weight", "quantize_mxfp4", "quantize_nvfp4_rows", "quantize_nvfp4_weight", "queries", "rms_norm", "rms_norm_quantize", "rope",
     "round_to", "route", "route_tokens", "router_scores", "swiglu", "swiglu_quantize", "top_entries",
 ]  # fmt: skip

@@ -7,9 +7,10 @@ copies of its inputs, more than the caches hold, in a loop on the device. Not he
 from __future__ import annotations
 
 import functools
+import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,24 @@ MIN_COPIES, MAX_COPIES = 8, 24  # XLA makes a graph of five launches and more
 SECONDS_PER_CASE = 0.15
 
 
-def chosen(models: str, only: str | None) -> list[tuple[str, Case]]:
-    """(model, case) for models like 'flash,pro' whose 'model/name' matches the regular expression `only`.
+def kept(rows: Iterable[dict], path: str | None = None, limit_s: float | None = None) -> Iterator[dict]:
+    """The rows, each appended to the file `path` as a line of JSON before the next one is made; a run that is killed loses none.
+
+    Ends after the first row that comes more than `limit_s` seconds after the start, and says so.
+    """
+    began = time.perf_counter()
+    for row in rows:
+        if path is not None:
+            with open(path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        yield row
+        if limit_s is not None and time.perf_counter() - began > limit_s:
+            print(f"stopped here: {limit_s:.0f} s are over", flush=True)
+            return
+
+
+def chosen(models: str, only: str | None, backend: str) -> list[tuple[str, Case]]:
+    """(model, case) for models like 'flash,pro' of the ops that `backend` has, where 'model/name' matches the regular expression `only`.
 
     ValueError if a model is unknown, the expression is broken or nothing matches.
     """
@@ -32,12 +49,13 @@ def chosen(models: str, only: str | None) -> list[tuple[str, Case]]:
     if unknown:
         raise ValueError(f"there are no kernel cases for {', '.join(unknown)}; choose from {', '.join(cases.MODELS)}.")
     every = [(m, case) for m in models.split(",") for case in cases.all_cases(cases.MODELS[m])]
+    every = [(m, case) for m, case in every if dispatch.implements(backend, case.op)]
     try:
         found = [(m, case) for m, case in every if only is None or re.search(only, f"{m}/{case.name}")]
     except re.error as error:
         raise ValueError(f"--only {only!r} is not a regular expression: {error}.") from None
     if not found:
-        raise ValueError(f"--only {only!r} matches none of the {len(every)} cases; try for example 'linear' or 'flash/attention'.")
+        raise ValueError(f"--only {only!r} matches none of the {len(every)} cases of {backend}; try for example 'linear' or 'flash/attention'.")
     return found
 
 
@@ -66,7 +84,7 @@ def check(case: Case, backend: str) -> dict:
 
 def selftest(models: str, only: str | None, backend: str) -> Iterator[dict]:
     """One row per case: model, case, rows, bounds, verdict."""
-    for model, case in chosen(models, only):
+    for model, case in chosen(models, only, backend):
         yield {"model": model, "case": case.name, "rows": case.rows, "bounds": case.bounds, **check(case, backend)}
 
 
@@ -131,7 +149,7 @@ def time_case(case: Case, backend: str, peers: bool = True) -> dict:
 
 def time_cases(models: str, only: str | None, backend: str, peers: bool = True) -> Iterator[dict]:
     """One row per case; a case that fails has its sentence under 'error'."""
-    for model, case in chosen(models, only):
+    for model, case in chosen(models, only, backend):
         row = {"model": model, "case": case.name, "rows": case.rows}
         try:
             yield {**row, **time_case(case, backend, peers)}

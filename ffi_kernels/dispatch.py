@@ -35,9 +35,27 @@ def register(op: str, backend: str, function: Callable) -> None:
     _OPS[backend][op] = function
 
 
+def implements(backend: str, op: str) -> bool:
+    """Whether a backend has `op`, built or not."""
+    return op in _OPS[backend]
+
+
 def backends() -> tuple[str, ...]:
     """Names of the backends that this build has (whether or not their device is here)."""
     return tuple(name for name in _OPS if name == "xla" or library.why_not(name) is None)
+
+
+def _forced_name() -> str | None:
+    return _forced.get() or os.environ.get("DSV4_BACKEND") or None
+
+
+def arch() -> str | None:
+    """The GPU architecture that an op traced now is for: the forced backend's, else the default device's; None for others.
+
+    Unlike `current` it does not ask whether this build has kernels for it: what needs none of them asks here.
+    """
+    name = _forced_name()
+    return name if name in library.ARCHS else library.of_device()
 
 
 def _of_device() -> str:
@@ -52,7 +70,7 @@ def _of_device() -> str:
 
 def current() -> str:
     """The backend that an op traced now would use. ValueError for an unknown one, NotImplementedError for one not built."""
-    name = _forced.get() or os.environ.get("DSV4_BACKEND")
+    name = _forced_name()
     if not name:
         return _of_device()
     if name not in _OPS:

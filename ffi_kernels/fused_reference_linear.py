@@ -1,6 +1,7 @@
-"""Several products at once and the experts of a MoE in plain jnp: compositions of `reference.py`, and the `xla` backend.
+"""Several products at once, of packed operands, and the experts of a MoE in plain jnp: compositions of `reference.py`, and
+the `xla` backend.
 
-Contracts: `linear.py`, `experts.py`.
+Contracts: `linear.py`, `matmul.py`, `experts.py`.
 """
 
 from __future__ import annotations
@@ -8,13 +9,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ffi_kernels import numerics, reference
+from ffi_kernels import layout, numerics, reference
 from ffi_kernels.tensor import NVFP4Tensor, Unquantized
 
 
 def linears(xs: tuple, ws: tuple, dtypes: tuple) -> tuple:
     """Every x times its w, rounded to its dtype."""
     return tuple(reference.linear(x, w, dtype) for x, w, dtype in zip(xs, ws, dtypes, strict=True))
+
+
+def nvfp4_matmul(x: NVFP4Tensor, w: NVFP4Tensor, dtype=jnp.bfloat16) -> jax.Array:
+    """x [M, K] times w [N, K] transposed, both in tcgen05 tiles, rounded to dtype."""
+    return reference.linear(layout.unpack_tcgen05(x), layout.unpack_tcgen05(w), dtype)
 
 
 def gathered_linear(x, w, ids: jax.Array) -> jax.Array:

@@ -20,18 +20,18 @@ _RESIDENT = 2  # CTAs of indexer.cu that share a multiprocessor
 _SPAN = 8192  # scores per CTA of topk.cu, which could hold 16384, until there are 16 of them
 
 
-def index_scores(q: jax.Array, keys, head_weights: jax.Array, visible: jax.Array | None = None) -> jax.Array:
-    """score = sum_h relu(q_h . k) * w_h (facts section 2, Indexer): how much a token wants each compressed entry.
+def index_scores(q: jax.Array, keys, head_weights: jax.Array, visible: jax.Array | None = None, weight_scale: float = 1.0) -> jax.Array:
+    """score = sum_h relu(q_h . k) * (w_h * weight_scale) (facts section 2, Indexer): how much a token wants each compressed entry.
 
-    q bf16 or fp32 [B, T, H, K]; keys [B, C, K], plain or MXFP4Tensor; head_weights fp32 [B, T, H]; visible int32
-    [B, T] or None -> fp32 [B, T, C]. Entries from `visible` on are unspecified: a native kernel stops there. ValueError
+    q bf16 or fp32 [B, T, H, K]; keys [B, C, K], plain or MXFP4Tensor; head_weights fp32 or bf16 [B, T, H]; visible
+    int32 [B, T] or None -> fp32 [B, T, C]. Entries from `visible` on are unspecified: a native kernel stops there. ValueError
     if shapes disagree, or if a native backend lacks them (K other than 128, more than 64 heads or 16 tokens).
     """
     if q.shape[-1] != keys.shape[-1] or q.shape[0] != keys.shape[0] or head_weights.shape != q.shape[:3]:
         raise ValueError(f"index_scores got q {q.shape}, keys {keys.shape}, head_weights {head_weights.shape}.")
     if visible is not None and visible.shape != q.shape[:2]:
         raise ValueError(f"index_scores got q {q.shape} but visible {visible.shape}, which must be {q.shape[:2]}.")
-    return implementation("index_scores")(q, keys, head_weights, visible)
+    return implementation("index_scores")(q, keys, head_weights, visible, weight_scale)
 
 
 def top_entries(scores: jax.Array, visible: jax.Array, count: int) -> jax.Array:
@@ -47,7 +47,7 @@ def top_entries(scores: jax.Array, visible: jax.Array, count: int) -> jax.Array:
 
 
 @native("index_scores")
-def _index_scores(q, keys, head_weights, visible):
+def _index_scores(q, keys, head_weights, visible, weight_scale):
     (batch, tokens, heads, channels), entries = q.shape, keys.shape[1]
     quantized = isinstance(keys, MXFP4Tensor)
     require_layout("index_scores", keys)
@@ -56,9 +56,9 @@ def _index_scores(q, keys, head_weights, visible):
             f"index_scores on {current()} takes K = {CHANNELS}, at most {MAX_HEADS} heads and {MAX_TOKENS} tokens per "
             f"sequence, got q {q.shape}; trace prompts and other shapes under backend('xla')."
         )
-    if q.dtype != jnp.bfloat16 or not (quantized or keys.dtype == jnp.bfloat16) or head_weights.dtype != jnp.float32:
+    if q.dtype != jnp.bfloat16 or not (quantized or keys.dtype == jnp.bfloat16) or head_weights.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
-            f"index_scores on {current()} takes bf16 queries, bf16 or MXFP4 keys and fp32 weights, got {q.dtype}, "
+            f"index_scores on {current()} takes bf16 queries, bf16 or MXFP4 keys and fp32 or bf16 weights, got {q.dtype}, "
             f"{'MXFP4' if quantized else keys.dtype} and {head_weights.dtype}; use backend('xla') or a recipe in bf16."
         )
     if not entries:
@@ -73,7 +73,7 @@ def _index_scores(q, keys, head_weights, visible):
         grid=(min(tiles, max(1, resident // batch)), batch), block=32 * _WARPS, shared_bytes=tokens * per_token,
         inputs=[q, data, scale, head_weights, None if visible is None else visible.astype(jnp.int32)],
         outputs=[jax.ShapeDtypeStruct((batch, tokens, entries), jnp.float32)],
-        scalars=[tokens, heads, entries],
+        scalars=[tokens, heads, entries, head_weights.dtype == jnp.bfloat16, float(weight_scale)],
     )[0]  # fmt: skip
 
 

@@ -1,33 +1,67 @@
 """From an op to one kernel launch: `native` registers an op's launching function, `launch` makes the custom call.
 
-A kernel takes one POD struct: a pointer per input, a pointer per output (null for None), then 4-byte scalars. Everything
-but the buffers' contents is static, so the launch is written where the op is, and one handler serves all ops.
+A kernel takes one POD struct: 128 bytes per tensor map, a pointer per input, a pointer per output (null for None), then 4-byte
+scalars. Everything but the buffers' contents is static, so the launch is written where the op is, and one handler serves
+all ops.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ffi_kernels import library
 from ffi_kernels.dispatch import current, register
 
-MAX_PARAMS_BYTES = 32764  # of one launch, since CUDA 12.1 on sm_70 and later; a struct is padded to 8 bytes
+MAX_PARAMS_BYTES = 32764  # of one launch, since CUDA 12.1 on sm_70 and later
 MAX_ROWS = 16  # B * T of a decode step, that the ops which mix channels take in one launch
 MAX_SHARED_BYTES = 232448  # dynamic shared memory of one CTA on sm_90 and sm_100
 
 
-def native(op: str) -> Callable:
-    """Decorator: the function implements `op` on every native backend, by calling `launch`."""
+def native(op: str, *backends: str) -> Callable:
+    """Decorator: the function implements `op` on these native backends, by default on all, by calling `launch`."""
 
     def add(function):
-        for backend in library.NATIVE:
+        for backend in backends or library.NATIVE:
             register(op, backend, function)
         return function
 
     return add
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorMap:
+    """How TMA sees a buffer of a launch: a dense row-major tensor, of which the kernel copies boxes to and from shared memory.
+
+    buffer: its number among the inputs and then the outputs. dtype: of the elements, one of TensorMap.DTYPES; it need not be the
+    buffer's. shape and box: 1 to 5 sizes in elements, outermost first; at most 256 in a box. Rows, that is all strides but the
+    innermost, and the innermost size of a box have a multiple of 16 bytes. swizzle: 0, 32, 64 or 128 bytes, which the
+    innermost size of a box must not exceed. Elements beyond `shape` are read as zeros and never written.
+    """
+
+    buffer: int
+    dtype: str
+    shape: tuple[int, ...]
+    box: tuple[int, ...]
+    swizzle: int = 0
+
+    DTYPES = {"uint8": 0, "uint16": 1, "uint32": 2, "int32": 3, "float16": 6, "float32": 7, "bfloat16": 9}  # of the driver
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+    def numbers(self, slot: int) -> list[int]:
+        """What the handler reads: buffer, type, swizzle, rank, then 5 sizes, 4 strides in bytes, 5 box sizes, innermost first."""
+        shape, box = self.shape[::-1], self.box[::-1]
+        strides = [math.prod(shape[:i]) * jnp.dtype(self.dtype).itemsize for i in range(1, len(shape))]
+        padded = [[*sizes, *[0] * (count - len(sizes))] for sizes, count in ((shape, 5), (strides, 4), (box, 5))]
+        return [slot, self.DTYPES[self.dtype], (0, 32, 64, 128).index(self.swizzle), len(shape), *sum(padded, [])]
 
 
 def _scalar(value) -> bytes:
@@ -49,13 +83,15 @@ def launch(
     cluster: Sequence[int] = (1, 1, 1),
     shared_bytes: int = 0,
     aliases: dict[int, int] | None = None,
+    tensor_maps: Sequence[TensorMap] = (),
 ) -> tuple[jax.Array | None, ...]:
     """One launch of `kernel` of `module` (the stem of the .cu file) as the custom call dsv4.<op>.<backend>.
 
-    grid counts CTAs, cluster CTAs per cluster, shared_bytes the dynamic shared memory of a CTA. The params struct holds a pointer
-    per input and per output in order, then the scalars: int32 for a Python int, float32 for a float. aliases maps an
-    input to the output that updates it in place. Returns one array (or None) per output. ValueError if the launch is
-    larger than a device allows.
+    grid counts CTAs, cluster CTAs per cluster, shared_bytes the dynamic shared memory of a CTA. The params struct holds the tensor
+    maps, each in 128 bytes on a multiple of 128, a pointer per input and per output in order, then the scalars: int32 for a
+    Python int, float32 for a float. aliases maps an input to the output that updates it in place. Tensor maps are encoded at each
+    execution from the buffers' addresses then. Returns one array (or None) per output. ValueError if the launch is larger
+    than a device allows, or a tensor map larger than its buffer.
     """
     backend = current()
     grid = [*grid, 1, 1][:3]
@@ -78,8 +114,18 @@ def launch(
             result_of[i] = len(shapes)
             shapes.append(shape)
         slots.append(len(arguments) + result_of[i] if shape is not None else -1)
-    if 8 * len(slots) + len(packed) > MAX_PARAMS_BYTES:
-        raise ValueError(f"{op} on {backend} has {len(slots)} pointers and {len(packed)} bytes of scalars, more than {MAX_PARAMS_BYTES} bytes.")
+    align = 128 if tensor_maps else 8  # of the params struct
+    if -(-(128 * len(tensor_maps) + 8 * len(slots) + len(packed)) // align) * align > MAX_PARAMS_BYTES:
+        raise ValueError(
+            f"{op} on {backend} has {len(tensor_maps)} tensor maps, {len(slots)} pointers and {len(packed)} bytes of scalars, more than "
+            f"{MAX_PARAMS_BYTES} bytes."
+        )
+    for m in tensor_maps:
+        whole = [*inputs, *outputs][m.buffer]
+        if m.nbytes > whole.size * whole.dtype.itemsize:
+            raise ValueError(
+                f"{op} on {backend} maps {m.dtype} {m.shape} onto a buffer of {whole.dtype.name} {whole.shape}, which is smaller."
+            )
     call = jax.ffi.ffi_call(
         library.register(op, backend),
         tuple(shapes),
@@ -94,6 +140,7 @@ def launch(
         block=np.asarray([block, 1, 1], np.int64),
         cluster=np.asarray([*cluster, 1, 1][:3], np.int64),
         shared_bytes=np.int64(shared_bytes),
+        tensor_maps=np.asarray([n for m in tensor_maps for n in m.numbers(slots[m.buffer])], np.int64),
         slots=np.asarray(slots, np.int64),
         scalars=np.frombuffer(packed, np.uint8),
     )

@@ -56,11 +56,15 @@ def why_not(backend: str) -> str | None:
     return None
 
 
+def default_device() -> jax.Device:
+    """The device that JAX uses unless told otherwise."""
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    return jax.local_devices(backend=device)[0] if isinstance(device, str) else device
+
+
 def of_device() -> str | None:
     """The native backend of the default device: 'sm_90a' or 'sm_100a', None for any other device."""
-    device = jax.config.jax_default_device or jax.local_devices()[0]
-    if isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
+    device = default_device()
     if device.platform not in ("gpu", "cuda"):
         return None
     name = f"sm_{str(device.compute_capability).replace('.', '')}a"

@@ -323,12 +323,13 @@ def compress_pool(kv: jax.Array, score: jax.Array) -> jax.Array:
     return (jax.nn.softmax(score, axis=-2) * kv).sum(-2)
 
 
-def index_scores(q: jax.Array, keys, head_weights: jax.Array, visible=None) -> jax.Array:
-    """q [B, T, H, K], keys [B, C, K] (plain or MXFP4Tensor), head_weights fp32 [B, T, H] -> fp32 [B, T, C].
+def index_scores(q: jax.Array, keys, head_weights: jax.Array, visible=None, weight_scale: float = 1.0) -> jax.Array:
+    """q [B, T, H, K], keys [B, C, K] (plain or MXFP4Tensor), head_weights fp32 or bf16 [B, T, H] -> fp32 [B, T, C].
 
-    score = sum_h relu(q_h . k) * w_h, here also of the entries that are not visible
+    score = sum_h relu(q_h . k) * (w_h * weight_scale), here also of the entries that are not visible
     """
     dots = jnp.einsum("bthk,bck->bthc", q.astype(jnp.float32), _block_values(keys, jnp.float32), precision="highest")
+    head_weights = head_weights.astype(jnp.float32) * weight_scale
     return jnp.einsum("bthc,bth->btc", jax.nn.relu(dots), head_weights, precision="highest")
 
 

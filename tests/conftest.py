@@ -1,6 +1,7 @@
 """The whole suite sees eight CPU devices; GPU tests run where there is one; torch keeps to one thread."""
 
 import gc
+import json
 import os
 
 import pytest
@@ -11,6 +12,41 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch, whose threads otherwise 
 
 def pytest_addoption(parser):
     parser.addoption("--require-gpu", action="store_true", help="fail, rather than skip, what needs a GPU that is missing")
+    parser.addoption("--part", metavar="K/N", help="only every N-th test, from the K-th (1 to N) on: parts for several processes, or a sample")
+    parser.addoption("--results", metavar="FILE", help="append a line of JSON for each test as it ends: a run that is killed leaves what it had")
+
+
+def pytest_configure(config):
+    if config.getoption("--results") and not hasattr(config, "workerinput"):  # xdist reports to its main process
+        config.pluginmanager.register(Results(config.getoption("--results")))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--part") is None:
+        return
+    k, n = map(int, config.getoption("--part").split("/"))
+    if not 1 <= k <= n:
+        raise pytest.UsageError(f"--part {k}/{n}: the first number must lie in 1..{n}")
+    kept = items[k - 1 :: n]
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % n != k - 1])
+    items[:] = kept
+
+
+class Results:
+    """Writes {"test", "outcome", "seconds", "message"} of each test into a file, at once."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report):
+        if report.when in ("setup", "teardown") and report.outcome == "passed":
+            return
+        crash = getattr(report.longrepr, "reprcrash", None)
+        skip = report.longrepr[-1] if report.skipped and isinstance(report.longrepr, tuple) else None
+        message = "" if report.passed else (skip or (crash.message if crash else report.longreprtext))[:4000]
+        with open(self.path, "a") as f:
+            f.write(json.dumps(dict(test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 3), message=message)) + "\n")
 
 
 def pytest_runtest_setup(item):

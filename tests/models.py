@@ -23,23 +23,22 @@ PAIR = dataclasses.replace(
 )  # fmt: skip
 
 
-def lively(weights, config, seed=1):
-    """Random weights in which nothing is trivial: sinks, biases, norms, ape and hyper-connections all differ."""
+def lively_weights(config, seed: int) -> dict:
+    """Random fp32 weights in which nothing is trivial: sinks, biases, norms, ape and hyper-connections all differ."""
     rng = np.random.default_rng(seed)
 
     def one(name, param, leaf):
-        if param.init in ("ones", "zeros"):
-            base = 1.0 if param.init == "ones" else 0.0
-            return jax.numpy.asarray(base + 0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
-        return leaf
+        if param.init == "hash":
+            return rng.permuted(np.tile(np.arange(param.bound), (leaf.shape[0], 1)), axis=1)[:, : leaf.shape[1]].astype(leaf.dtype)
+        base, spread = {"ones": (1.0, 0.3), "zeros": (0.0, 0.3), "normal": (0.0, 0.06)}[param.init]
+        return (base + spread * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
 
-    return params.map_params(one, config, weights)
+    return params.map_params(one, config, params.abstract(config, RECIPES["fp32"]))
 
 
 @functools.cache
 def small_model(recipe: str, config=SMALL, seed: int = 0) -> Model:
-    fp32 = dsv4.random_model(config, RECIPES["fp32"], seed)
-    weights = lively(jax.tree.map(lambda x: x * 3 if x.ndim > 1 and x.dtype != np.int32 else x, fp32.weights), config)
+    weights = jax.tree.map(jax.numpy.asarray, lively_weights(config, seed))
     return Model(params.to_recipe(weights, config, RECIPES[recipe]), config, RECIPES[recipe])
 
 

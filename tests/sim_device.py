@@ -1,49 +1,97 @@
 """The launches of `sim_driver` on a GPU instead, through the CUDA driver: DSV4_SIM_TESTS=device runs the same tests there.
 
-What the tests expect of the interpreter is thereby checked against hardware. Faults are not: they would end the process.
+What the tests expect of the interpreter is thereby checked against hardware. A launch that fails takes nothing with it: the
+context is reset for the next one; where that does not help, and where a kernel does not end, the process ends (pytest-xdist
+starts another one and goes on with the next test).
 """
 
 import ctypes
-import functools
+import os
+import sys
+import time
 
-import numpy as np
+import sim_record
+
+SECONDS = 10  # a kernel of these tests runs for microseconds: one that takes this long waits for what never comes
+_NOT_READY = 600
 
 
-@functools.cache
-def cuda() -> ctypes.CDLL:
-    lib = ctypes.CDLL("libcuda.so.1")
-    context, device = ctypes.c_void_p(), ctypes.c_int()
-    for code in (lib.cuInit(0), lib.cuDeviceGet(ctypes.byref(device), 0), lib.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), lib.cuCtxSetCurrent(context)):
-        assert code == 0, f"CUDA error {code}"
-    return lib
+class DeviceError(RuntimeError):
+    """A call of the CUDA driver or a kernel failed."""
+
+
+def _text(code: int) -> str:
+    name = ctypes.c_char_p()
+    _Device.driver.cuGetErrorString(code, ctypes.byref(name))
+    return f"{name.value.decode() if name.value else 'an error'} ({code})"
 
 
 def check(code: int, what: str) -> None:
     if code:
-        name = ctypes.c_char_p()
-        cuda().cuGetErrorString(code, ctypes.byref(name))
-        raise RuntimeError(f"{what}: {name.value.decode() if name.value else code}")
+        raise DeviceError(f"{what}: {_text(code)}")
 
 
-_tensors: dict[int, ctypes.c_uint64] = {}  # host address -> device memory that a tensor map names
+class _Device:
+    """The context of this process, and the modules loaded into it."""
+
+    driver: ctypes.CDLL = None
+
+    def __init__(self):
+        _Device.driver = ctypes.CDLL("libcuda.so.1")
+        self.device, self.context, self.modules = ctypes.c_int(), ctypes.c_void_p(), {}
+        check(self.driver.cuInit(0), "cuInit")
+        check(self.driver.cuDeviceGet(ctypes.byref(self.device), 0), "cuDeviceGet")
+        self._open()
+
+    def _open(self) -> None:
+        check(self.driver.cuDevicePrimaryCtxRetain(ctypes.byref(self.context), self.device), "cuDevicePrimaryCtxRetain")
+        check(self.driver.cuCtxSetCurrent(self.context), "cuCtxSetCurrent")
+
+    def renew(self) -> None:
+        """A clean context after a failed launch; ends the process if the device does not work in it."""
+        self.modules.clear()
+        self.driver.cuDevicePrimaryCtxRelease_v2(self.device)
+        self.driver.cuDevicePrimaryCtxReset_v2(self.device)
+        place, value = ctypes.c_uint64(), ctypes.c_uint32()
+        try:
+            self._open()
+            check(self.driver.cuMemAlloc_v2(ctypes.byref(place), ctypes.c_size_t(4)), "cuMemAlloc")
+            check(self.driver.cuMemsetD32_v2(place, ctypes.c_uint32(7), ctypes.c_size_t(1)), "cuMemset")
+            check(self.driver.cuMemcpyDtoH_v2(ctypes.byref(value), place, ctypes.c_size_t(4)), "copy back")
+            check(self.driver.cuMemFree_v2(place), "cuMemFree")
+        except DeviceError as error:
+            end_process(f"the device does not work after a reset of the context either ({error})")
+
+    def function(self, cubin: str, kernel: str) -> ctypes.c_void_p:
+        if cubin not in self.modules:
+            module = ctypes.c_void_p()
+            check(self.driver.cuModuleLoad(ctypes.byref(module), cubin.encode()), f"cuModuleLoad {cubin}")
+            self.modules[cubin] = module
+        function = ctypes.c_void_p()
+        check(self.driver.cuModuleGetFunction(ctypes.byref(function), self.modules[cubin], kernel.encode()), f"cuModuleGetFunction {kernel}")
+        return function
 
 
-def allocate(array: np.ndarray) -> int:
-    pointer = ctypes.c_uint64()
-    check(cuda().cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(max(16, array.nbytes))), "cuMemAlloc")
-    return pointer.value
+_OPEN: list[_Device] = []
 
 
-def tensor_map(array, box, swizzle, fill, strides, type_) -> bytes:
-    place = _tensors.setdefault(array.ctypes.data, allocate(array))
-    rank, raw = array.ndim, ctypes.create_string_buffer(192)
-    at = (ctypes.addressof(raw) + 63) // 64 * 64
-    dims = (ctypes.c_uint64 * rank)(*array.shape[::-1])
-    pitch = (ctypes.c_uint64 * max(1, rank - 1))(*array.strides[::-1][1:])
-    code = cuda().cuTensorMapEncodeTiled(ctypes.c_void_p(at), type_, rank, ctypes.c_void_p(place), dims, pitch, (ctypes.c_uint32 * rank)(*box),
-                                         (ctypes.c_uint32 * rank)(*strides), 0, swizzle, 0, fill)
+def device() -> _Device:
+    if not _OPEN:
+        _OPEN.append(_Device())
+    check(_Device.driver.cuCtxSetCurrent(_OPEN[0].context), "cuCtxSetCurrent")  # of this thread
+    return _OPEN[0]
+
+
+def end_process(why: str) -> None:
+    print(f"{why}: this process ends", file=sys.stderr, flush=True)
+    os._exit(70)
+
+
+def encode_tiled(at, type_, rank, address, dims, pitch, box, strides, swizzle, fill) -> None:
+    """cuTensorMapEncodeTiled into the 128 bytes at `at`: not interleaved, no promotion in L2."""
+    device()
+    code = _Device.driver.cuTensorMapEncodeTiled(ctypes.c_void_p(at), type_, ctypes.c_uint32(rank), ctypes.c_void_p(address), dims, pitch, box, strides, 0, swizzle, 0, fill)
     check(code, "cuTensorMapEncodeTiled")
-    return ctypes.string_at(at, 128)
 
 
 class _Attribute(ctypes.Structure):
@@ -55,36 +103,50 @@ class _Config(ctypes.Structure):
                 ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint32)]  # fmt: skip
 
 
-@functools.cache
-def _module(cubin: str) -> ctypes.c_void_p:
-    module = ctypes.c_void_p()
-    check(cuda().cuModuleLoad(ctypes.byref(module), cubin.encode()), f"cuModuleLoad {cubin}")
-    return module
+def _wait(what: str) -> None:
+    end = time.monotonic() + SECONDS
+    while (code := _Device.driver.cuStreamQuery(None)) == _NOT_READY:
+        if time.monotonic() > end:
+            sentence = f"{what} has not ended after {SECONDS} seconds"
+            sim_record.failed(sentence)
+            end_process(sentence)
+        time.sleep(2e-5)
+    check(code, what)
 
 
 def run(cubin, kernel, pack, arrays, grid, block, cluster, shared_bytes) -> None:
     """`pack(address)` gives the parameters, where address(array) is on the device; arrays go there and, if writable, back."""
-    lib, places = cuda(), {}
+    what = f"kernel {kernel} of {os.path.basename(cubin)} with grid {grid}, block {block}, cluster {cluster}, {shared_bytes} bytes of dynamic shared memory"
+    here = device()
+    try:
+        _run(here, str(cubin), kernel, pack, arrays, grid, block, cluster, shared_bytes, what)
+    except DeviceError as error:
+        sim_record.failed(str(error) if what in str(error) else f"{what}: {error}")
+        print(error, file=sys.stderr, flush=True)
+        here.renew()
+        raise
+
+
+def _run(here, cubin, kernel, pack, arrays, grid, block, cluster, shared_bytes, what) -> None:
+    lib, places = here.driver, {}
     for array in arrays:
-        key = array.ctypes.data
-        if key not in places:
-            places[key] = _tensors[key] if key in _tensors else allocate(array)
-        check(lib.cuMemcpyHtoD_v2(ctypes.c_uint64(places[key]), ctypes.c_void_p(key), ctypes.c_size_t(array.nbytes)), "copy to the device")
-    function = ctypes.c_void_p()
-    check(lib.cuModuleGetFunction(ctypes.byref(function), _module(str(cubin)), kernel.encode()), f"cuModuleGetFunction {kernel}")
+        if array.ctypes.data in places:
+            continue
+        pointer = ctypes.c_uint64()
+        check(lib.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(max(16, array.nbytes))), "cuMemAlloc")
+        places[array.ctypes.data] = pointer
+        check(lib.cuMemcpyHtoD_v2(pointer, ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)), "copy to the device")
+    function = here.function(cubin, kernel)
     check(lib.cuFuncSetAttribute(function, 8, ctypes.c_int(shared_bytes)), "dynamic shared memory")
     check(lib.cuFuncSetAttribute(function, 14, ctypes.c_int(1)), "clusters of 16")
-    params = ctypes.create_string_buffer(pack(lambda array: places[array.ctypes.data]))
+    params = ctypes.create_string_buffer(pack(lambda array: places[array.ctypes.data].value))
     attribute = _Attribute(4, b"", (ctypes.c_uint32 * 16)(*cluster))
     config = _Config((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), shared_bytes, None, ctypes.pointer(attribute), int(cluster != (1, 1, 1)))
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-    check(lib.cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), f"launch of {kernel}")
-    check(lib.cuCtxSynchronize(), f"kernel {kernel}")
+    check(lib.cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), f"launch of {what}")
+    _wait(what)
     for array in arrays:
         if array.flags.writeable:
-            check(lib.cuMemcpyDtoH_v2(ctypes.c_void_p(array.ctypes.data), ctypes.c_uint64(places[array.ctypes.data]), ctypes.c_size_t(array.nbytes)), "copy back")
-    for key, place in places.items():
-        if key not in _tensors:
-            lib.cuMemFree_v2(ctypes.c_uint64(place))
-    for key in [k for k in _tensors if k in places]:
-        lib.cuMemFree_v2(ctypes.c_uint64(_tensors.pop(key)))
+            check(lib.cuMemcpyDtoH_v2(ctypes.c_void_p(array.ctypes.data), places[array.ctypes.data], ctypes.c_size_t(array.nbytes)), "copy back")
+    for pointer in places.values():
+        check(lib.cuMemFree_v2(pointer), "cuMemFree")

@@ -20,7 +20,7 @@ void combine(const Bulk& k, uint8_t* to, const uint8_t* from, uint64_t size) {
     uint64_t a = 0, b = 0;
     std::memcpy(&a, to + i, n);
     std::memcpy(&b, from + i, n);
-    const uint64_t r = apply_atomic(k.op, k.type, a, b, 0, false);
+    const uint64_t r = apply_atomic(k.op, k.type, a, b, 0, true);  // sums of f32 in global memory lose subnormals
     std::memcpy(to + i, &r, n);
   }
 }
@@ -84,6 +84,7 @@ Step copy(Ctx& c, const Instr& in) {
       for (uint32_t r = 0; r < ctas; ++r) if (mask >> r & 1) one((at & 0xFFFFFF) | r << 24, (signal & 0xFFFFFF) | r << 24);
     } else {
       if (at >> 24 != signal >> 24) fail("a bulk copy to CTA %u signals an mbarrier of CTA %u", at >> 24, signal >> 24);
+      if (k.way == Bulk::shared_to_cluster && at >> 24 == c.cta->rank) fail("a bulk copy from shared memory to shared memory of the same CTA; it must go to another one of the cluster");
       one(at, signal);
     }
     const bool watched = watch != nullptr;

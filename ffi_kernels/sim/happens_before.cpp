@@ -34,6 +34,13 @@ void Clock::raise(uint32_t e, uint32_t c, uint32_t lanes) {
   parts_.erase(std::remove_if(parts_.begin(), parts_.end(), [&](const Part& p) { return !p.lanes || (p.entity == e && p.clock <= known); }), parts_.end());
 }
 
+void Clock::copy(uint32_t e, const Clock& o) {
+  raise(e, 0);
+  v_[e] = o.at(e);
+  parts_.erase(std::remove_if(parts_.begin(), parts_.end(), [&](const Part& p) { return p.entity == e; }), parts_.end());
+  for (const Part& p : o.parts_) if (p.entity == e) parts_.push_back(p);
+}
+
 bool Watch::initialised(Warp& w, uint32_t entity, uint32_t clock) const {
   const Thread& me = threads_[entity_of(w)];
   if (entity == entity_of(w) || me.order.inits.at(entity) >= clock) return true;
@@ -53,15 +60,35 @@ void Watch::acquire(Warp& w, uint32_t lanes, const JobEntity& job) {
 void Watch::tell(const Warp& w, uint32_t lanes, Order& into) const {
   const Thread& me = threads_[entity_of(w)];
   into.join(me.order);
-  for (const Partial& p : me.partial) if (p.lanes & lanes) into.join(p.order);
+  for (const Partial& p : me.partial) if (p.lanes & together(lanes)) into.join(p.order);
 }
 
 void Watch::view(const Warp& w, uint32_t lanes, Order& into) const {
   const uint32_t self = entity_of(w);
   const Thread& me = threads_[self];
   tell(w, lanes, into);
-  into.seen.raise(self, me.clock, lanes | ~w.live);
+  into.seen.raise(self, me.clock, together(lanes | ~w.live));
   into.reads.raise(self, me.reads);
+}
+
+void Watch::release_observed(const Warp& w, uint32_t lanes, Order& into) const {
+  Order known;
+  tell(w, lanes, known);
+  known.seen.copy(entity_of(w), known.proxy);  // its own accesses up to the last fence.proxy.async
+  into.join(known);
+}
+void Watch::fence_job(Warp& w, uint32_t lanes, const JobEntity& job) {
+  Thread& me = threads_[entity_of(w)];
+  uint32_t clock = me.order.seen.at(job.entity);
+  for (const Partial& p : me.partial) if (p.lanes & together(lanes)) clock = std::max(clock, p.order.seen.at(job.entity));
+  if (job.clock && clock) me.fenced.seen.raise(job.entity, clock);
+}
+void Watch::remote_arrival(Ctx& c, Cta& cta, Order& into) {
+  const JobEntity arrival = begin(c);
+  reach(c, cta, arrival.entity, arrival.clock, kAll, "an arrival in");
+  threads_[entity_of(*c.warp)].order.seen.raise(arrival.entity, arrival.clock);
+  into.seen.raise(arrival.entity, arrival.clock);
+  finish(arrival);
 }
 
 void Watch::release_relaxed(Warp& w, Order& into) {
@@ -83,7 +110,7 @@ void Watch::release(Warp& w, uint32_t lanes, Order& into) {
 }
 void Watch::acquire(Warp& w, uint32_t lanes, const Order& from) {
   Thread& me = threads_[entity_of(w)];
-  if ((lanes | ~w.live) == kAll) return me.order.join(from);
+  if (together(lanes | ~w.live) == kAll) return me.order.join(from);
   for (Partial& p : me.partial) if (p.lanes == lanes) return p.order.join(from);
   if (me.partial.size() == 16) {  // a warp that never meets: its lanes are no longer told apart
     for (const Partial& p : me.partial) me.order.join(p.order);
@@ -104,7 +131,7 @@ void Watch::proxy_fence(Warp& w, uint32_t lanes) {
   Clock& proxy = me.order.proxy;
   proxy.join(me.order.seen);
   for (const Partial& p : me.partial) if (p.lanes & lanes) proxy.join(p.order.seen);
-  proxy.raise(self, me.clock, lanes | ~w.live);
+  proxy.raise(self, me.clock, together(lanes | ~w.live));
   me.released = true;
 }
 void Watch::warp_sync(Warp& w, uint32_t lanes) {

@@ -7,8 +7,9 @@
 
 namespace dsv4::sim {
 
-Watch::Watch(uint32_t ctas, uint32_t warps_per_cta, uint32_t words)
-    : warps_(warps_per_cta), words_(words), threads_(ctas * warps_per_cta), cells_(ctas), remote_(ctas), gone_(ctas) {}
+
+Watch::Watch(uint32_t ctas, uint32_t warps_per_cta, uint32_t words, bool strict)
+    : warps_(warps_per_cta), words_(words), strict_(strict), threads_(ctas * warps_per_cta), cells_(ctas), remote_(ctas), gone_(ctas) {}
 
 uint32_t Watch::entity_of(const Warp& w) const { return w.cta->rank * warps_ + w.id; }
 
@@ -70,6 +71,7 @@ bool Watch::before(const Thread& me, uint32_t self, const Mark& m, Lanes who, bo
     if (!(clock = waits.first(clock))) return false;
   }
   if (e == self) {
+    if (!strict_ || (m.mixed && who.part && m.lanes & who.own)) return true;
     left &= ~who.own;
     if (!left || (was_read && clock <= me.reads)) return true;
   }
@@ -80,15 +82,18 @@ bool Watch::before(const Thread& me, uint32_t self, const Mark& m, Lanes who, bo
   return !ignorant;
 }
 
-void Watch::check_started(Ctx& c, const Thread& me, const Cta& cta, const char* what) const {
-  if (&cta == c.cta) return;
+void Watch::reach(Ctx& c, const Cta& cta, uint32_t entity, uint32_t clock, uint32_t lanes, const char* what) {
+  const Thread& me = threads_[entity_of(*c.warp)];
   const auto knows = [&](const Order& o) {
     for (uint32_t w = 0; w < warps_; ++w) if (o.inits.at(cta.rank * warps_ + w) > 0) return true;
     return false;
   };
-  if (knows(me.order)) return;
-  for (const Partial& p : me.partial) if (knows(p.order)) return;
-  fail("hazard in shared memory: %s CTA %u's shared memory that is not ordered after the start of that CTA (a barrier of the cluster is missing)", what, cta.rank);
+  bool started = knows(me.order);
+  for (const Partial& p : me.partial) started = started || knows(p.order);
+  if (!started) {
+    fail("hazard in shared memory: %s CTA %u's shared memory that is not ordered after the start of that CTA (a barrier of the cluster is missing)", what, cta.rank);
+  }
+  remote_[cta.rank][entity] = {c.statement, clock, lanes};
 }
 
 void Watch::forget_readers(Cells& all, uint32_t word) {
@@ -113,12 +118,10 @@ void Watch::add_reader(Cells& all, uint32_t word, const Mark& mark, uint32_t sup
     if (m.entity != mark.entity) continue;
     const bool same = m.clock == mark.clock;
     if (!same && m.clock > superseded && m.lanes & ~mark.lanes && ++own < 4) continue;
-    const uint32_t lanes = same || own == 4 ? m.lanes | mark.lanes : mark.lanes, clock = own == 4 ? std::min(m.clock, mark.clock) : mark.clock;
-    const uint8_t bytes = same || own == 4 ? m.bytes | mark.bytes : mark.bytes;
-    m = mark;
-    m.bytes = bytes;
-    m.lanes = lanes;
-    m.clock = clock;
+    Mark joined = mark;
+    if (same || own == 4) joined.join(m);
+    if (own == 4) joined.clock = std::min(m.clock, mark.clock);
+    m = joined;
     return;
   }
   int32_t i = spare_reader_;
@@ -157,10 +160,7 @@ void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind,
   mark.clock = now(me);
   mark.entity = static_cast<uint16_t>(self + 1);
   mark.strong = strong;
-  if (&cta != c.cta) {
-    check_started(c, me, cta, "an access of");
-    remote_[cta.rank][self] = {c.statement, mark.clock, who.lanes};
-  }
+  if (&cta != c.cta) reach(c, cta, self, mark.clock, who.lanes, "an access of");
   Cells& all = cells(cta, (offset + bytes + 3) / 4);
   for (uint32_t b = offset; b < offset + bytes;) {
     const uint32_t word = b / 4, end = std::min(offset + bytes, (word + 1) * 4);
@@ -168,6 +168,8 @@ void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind,
     b = end;
     mark.bytes = mask;
     mark.lanes = who.lanes;
+    mark.mixed = 0;
+    who.part = mask != 15;
     Cell& x = all.at(word);
     const auto same = [&](const Mark& m) { return m.entity == mark.entity && m.clock == mark.clock; };
     const Mark& w = x.write;
@@ -177,8 +179,7 @@ void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind,
     if (!write) {
       mark.more = x.read.more;
       if (same(x.read)) {
-        mark.lanes |= x.read.lanes;
-        mark.bytes |= x.read.bytes;
+        mark.join(x.read);
         x.read = mark;
       } else if (!x.read.entity || (x.read.entity == mark.entity && !(x.read.lanes & ~who.own)) || (!x.read.more && before(me, self, x.read, who, true))) {
         x.read = mark;
@@ -189,10 +190,7 @@ void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind,
       continue;
     }
     if (const Mark* m = unordered_reader(all, word, mark, me, self, who, 0)) hazard(c, cta, offset, bytes, "writes", *m, "reads");
-    if (same(w)) {
-      mark.lanes |= w.lanes;
-      mark.bytes |= w.bytes;
-    }
+    if (same(w)) mark.join(w);
     x.write = mark;
     if (mask == 15) forget_readers(all, word);
   }
@@ -233,7 +231,7 @@ bool Watch::proxy_knows(const Thread& me, const Mark& m) const {
 }
 
 namespace {
-bool like(const Mark& a, const Mark& b) { return a.entity == b.entity && a.clock == b.clock && !(a.lanes & ~b.lanes); }
+bool like(const Mark& a, const Mark& b) { return a.entity == b.entity && a.clock == b.clock && a.mixed == b.mixed && !(a.lanes & ~b.lanes); }
 }  // namespace
 
 Watch::Access::Access(Watch& watch, Ctx& c, const JobEntity& job, bool write, bool async_proxy, uint32_t lanes)
@@ -272,10 +270,7 @@ void Watch::Access::forget_ordered(Cells& all, uint32_t word) {  // further read
 }
 
 void Watch::Access::touch(Cta& cta, uint32_t offset, uint64_t bytes) {
-  if (&cta != c_.cta) {
-    watch_.check_started(c_, me_, cta, "a copy to");
-    watch_.remote_[cta.rank][mark_.entity - 1u] = {c_.statement, mark_.clock, kAll};
-  }
+  if (&cta != c_.cta) watch_.reach(c_, cta, mark_.entity - 1u, mark_.clock, kAll, "an asynchronous access of");
   const uint32_t end = static_cast<uint32_t>((offset + bytes + 3) / 4);
   Cells& all = watch_.cells(cta, end);
   for (uint32_t word = offset / 4; word < end; ++word) {

@@ -46,6 +46,7 @@ class Clock {  // up to which of its clocks the accesses of each entity are know
     for (size_t i = 0; i < o.v_.size(); ++i) v_[i] = v_[i] < o.v_[i] ? o.v_[i] : v_[i];
     for (const Part& p : o.parts_) raise(p.entity, p.clock, p.lanes);
   }
+  void copy(uint32_t e, const Clock& o);  // what it knows of e becomes what o knows
   void clear() { v_.clear(); parts_.clear(); }
 
  private:
@@ -70,8 +71,14 @@ struct Mark {  // an access of a word: two machine words, since there are millio
   uint8_t strong : 1;   // atomic or volatile
   uint8_t async : 1;    // by the async proxy
   uint8_t more : 1;     // of Cell::read: there are further readers, a chain in Watch::readers_
-  uint8_t : 5;
-  Mark() : strong(0), async(0), more(0) {}
+  uint8_t mixed : 1;    // its lanes touched different bytes
+  uint8_t : 4;
+  Mark() : strong(0), async(0), more(0), mixed(0) {}
+  void join(const Mark& o) {  // of the same entity and clock
+    mixed = mixed || o.mixed || bytes != o.bytes;
+    lanes |= o.lanes;
+    bytes |= o.bytes;
+  }
 };
 struct Cell { Mark write, read; };
 
@@ -82,6 +89,7 @@ enum class Touch : uint8_t { read, write, strong_read, strong_write, atomic };
 // Who accesses: `lanes` are recorded; what lanes of `own` did themselves lies before.
 struct Lanes {
   uint32_t lanes, own;
+  bool part = false;  // of a word: what lanes of `own` did to bytes of it, perhaps to others, lies before
   static Lanes one(int lane) { return {1u << lane, 1u << lane}; }
   static Lanes together() { return {0xFFFFFFFFu, 0}; }  // the warp as a whole: bytes of one lane reach others
   static Lanes each() { return {0xFFFFFFFFu, 0xFFFFFFFFu}; }
@@ -89,7 +97,7 @@ struct Lanes {
 
 class Watch {
  public:
-  Watch(uint32_t ctas, uint32_t warps_per_cta, uint32_t words);
+  Watch(uint32_t ctas, uint32_t warps_per_cta, uint32_t words, bool strict);
   // Accesses of threads.
   void touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind, Lanes who);
   // Asynchronous operations, begun by the warp of `c`.
@@ -103,11 +111,14 @@ class Watch {
   void job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, uint64_t bytes, bool write, bool async_proxy, uint32_t lanes);
   void finish(const JobEntity& job) { if (!is_copy(job)) free_.push_back(job.entity); }
   void acquire(Warp& w, uint32_t lanes, const JobEntity& job);  // lanes have waited for its end (of cp.async: one lane)
+  void release_observed(const Warp& w, uint32_t lanes, Order& into) const;  // what asynchronous operations that lanes issue now can rely on
+  void fence_job(Warp& w, uint32_t lanes, const JobEntity& job);  // relaxed arrivals tell of the job too, as far as the lanes know it to be over
   static void release_job(Order& into, const JobEntity& job) { into.seen.raise(job.entity, job.clock); into.proxy.raise(job.entity, job.clock); }
   // Synchronisation, by some lanes of a warp.
   void release(Warp& w, uint32_t lanes, Order& into);
   void release_relaxed(Warp& w, Order& into);  // only what an earlier fence has ordered
   void tell(const Warp& w, uint32_t lanes, Order& into) const;  // what lanes have learned, without what they did themselves
+  void remote_arrival(Ctx& c, Cta& cta, Order& into);  // on an mbarrier of another CTA, which must not end before
   void init_fence(Warp& w);
   void acquire(Warp& w, uint32_t lanes, const Order& from);
   void fence(Warp& w, uint32_t lanes);
@@ -156,7 +167,8 @@ class Watch {
   bool before(const Thread& me, uint32_t self, const Mark& m, Lanes who, bool was_read) const;
   bool proxy_knows(const Thread& me, const Mark& m) const;
   void view(const Warp& w, uint32_t lanes, Order& into) const;  // what these lanes know and did
-  void check_started(Ctx& c, const Thread& me, const Cta& cta, const char* what) const;
+  void reach(Ctx& c, const Cta& cta, uint32_t entity, uint32_t clock, uint32_t lanes, const char* what);  // another CTA's shared memory
+  uint32_t together(uint32_t lanes) const { return strict_ ? lanes : 0xFFFFFFFFu; }
   struct Reader { Mark mark; int32_t next; };
   struct Cells {  // of a CTA
     Block storage, chains;
@@ -173,6 +185,7 @@ class Watch {
   const Raw* statement(const Ctx& c, const Mark& m) const;
   uint32_t warps_;
   uint32_t words_;
+  bool strict_;  // lanes of a warp are ordered by bar.warp.sync alone
   std::vector<Thread> threads_;
   std::vector<Cells> cells_;
   std::vector<Reader> readers_;

@@ -14,6 +14,7 @@ void settle(Machine& m, Mbarrier& b) {
   b.pending = b.expected;
   m.event();
 }
+constexpr uint64_t kCounted = uint64_t{1} << 63;  // a state of .noComplete, which alone may be asked for its count
 uint64_t token(const Mbarrier& b) { return b.phase << 20 | b.pending; }
 }  // namespace
 
@@ -91,8 +92,9 @@ Step inval(Ctx& c, const Instr& in) {
     std::memset(shared_at(c, shared_offset(a), 8, 8, Access::write, Space::shared), kPoison, 8);
   });
 }
-// Slots: state, [count or bytes], address. in.a: bit 0 expect_tx, bit 1 drop, bit 2 count given, bit 3 relaxed.
+// Slots: state, [count or bytes], address. in.a: bit 0 expect_tx, bit 1 drop, bit 2 count given, bit 3 relaxed, bit 4 noComplete.
 Step arrive(Ctx& c, const Instr& in) {
+  note(c, in);
   const bool operand = in.a & 5;
   Watch* watch = watch_of(*c.cta);
   const auto release = [&](uint32_t lanes, Mbarrier& b) { in.a & 8 ? watch->release_relaxed(*c.warp, b.next) : watch->release(*c.warp, lanes, b.next); };
@@ -105,7 +107,8 @@ Step arrive(Ctx& c, const Instr& in) {
     if (together) release(c.mask, b);
   }
   return each(c, [&](int l) {
-    Mbarrier& b = mbarrier_at(c, barrier_at(c, in, operand ? 2 : 1, l), static_cast<Space>(in.b));
+    const uint64_t at = barrier_at(c, in, operand ? 2 : 1, l);
+    Mbarrier& b = mbarrier_at(c, at, static_cast<Space>(in.b));
     const uint32_t v = operand ? src<uint32_t>(c, in, 1)[l] : 1;
     if (in.a & 1) {
       if (v > kMost) fail("expects %u bytes; the limit is %u", v, kMost);
@@ -113,11 +116,13 @@ Step arrive(Ctx& c, const Instr& in) {
     }
     const uint32_t count = in.a & 4 ? v : 1;
     if (count < 1 || count > kMost) fail("an arrival of %u", count);
-    out<uint64_t>(c, in, 0)[l] = token(b);
+    if (in.a & 16 && count >= b.pending) fail("an arrival of %u with .noComplete completes the phase, of which %u arrivals are pending", count, b.pending);
+    out<uint64_t>(c, in, 0)[l] = token(b) | (in.a & 16 ? kCounted : 0);
     if (in.a & 2) {
       if (b.expected < count) fail("drops %u arrivals of an mbarrier that expects %u", count, b.expected);
       b.expected -= count;
     }
+    if (watch && &cta_of(c, shared_offset(at)) != c.cta) watch->remote_arrival(c, cta_of(c, shared_offset(at)), b.next);
     if (watch && !together) release(1u << l, b);
     mbarrier_arrive(*c.machine, b, count);
   });
@@ -143,7 +148,7 @@ Step wait(Ctx& c, const Instr& in) {
       if (parity > 1) fail("waits for the phase parity %u; it must be 0 or 1", parity);
       complete = (b.phase & 1) != parity;
     } else {
-      const uint64_t phase = src<uint64_t>(c, in, 1)[l] >> 20;
+      const uint64_t phase = (src<uint64_t>(c, in, 1)[l] & ~kCounted) >> 20;
       if (phase > b.phase || phase + 1 < b.phase) fail("waits with the state of phase %llu on an mbarrier in phase %llu", (unsigned long long)phase, (unsigned long long)b.phase);
       complete = b.phase > phase;
     }
@@ -173,7 +178,11 @@ Step wait(Ctx& c, const Instr& in) {
   return Step::yield;
 }
 Step pending_count(Ctx& c, const Instr& in) {
-  return each(c, [&](int l) { out<uint32_t>(c, in, 0)[l] = static_cast<uint32_t>(src<uint64_t>(c, in, 1)[l]) & kMost; });
+  return each(c, [&](int l) {
+    const uint64_t state = src<uint64_t>(c, in, 1)[l];
+    if (!(state & kCounted)) fail("mbarrier.pending_count of a state that no arrival with .noComplete gave");
+    out<uint32_t>(c, in, 0)[l] = static_cast<uint32_t>(state) & kMost;
+  });
 }
 
 void finish(Decode& d, size_t memory, Handler run) {
@@ -190,16 +199,17 @@ Space shared_space(Decode& d) {
 
 void decode_arrive(Decode& d, bool drop) {
   const bool expect = d.take("expect_tx");
-  if (d.take("noComplete")) d.wrong(".noComplete is not modelled");
+  const bool part = d.take("noComplete");
   const Space space = shared_space(d);
   const bool counted = d.args() == 3 && !expect;
   if (expect && d.args() < 3) d.wrong("needs a number of bytes");
+  if (part && (!counted || space == Space::cluster)) d.wrong(".noComplete is for arrivals with a count on an mbarrier of this CTA");
   if (space == Space::cluster && d.arg(0).kind != Arg::sink) d.wrong("a remote arrival gives no state: write _");
   d.dst(0, Type::b64);
   if (d.args() == 3) d.src(2, Type::b32);
   bool relaxed = false;
   for (const std::string& m : d.raw.mods) relaxed |= m == "relaxed";
-  d.in.a = static_cast<uint16_t>(expect | drop << 1 | counted << 2 | relaxed << 3);
+  d.in.a = static_cast<uint16_t>(expect | drop << 1 | counted << 2 | relaxed << 3 | part << 4);
   d.in.b = static_cast<uint16_t>(space);
   finish(d, 1, arrive);
 }

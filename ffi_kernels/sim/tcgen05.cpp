@@ -29,6 +29,12 @@ void check_tensor_freed(Cta& cta) {
 
 int decode_cta_group(Decode& d) { return 1 + d.must({"cta_group::1", "cta_group::2"}); }
 
+void same_group(Ctx& c, int group) {
+  int& first = tensor_of(*c.cta).group;
+  if (first && first != group) fail(".cta_group::%d after .cta_group::%d; all tcgen05 instructions of a kernel must name the same", group, first);
+  first = group;
+}
+
 void touch_tensor(Ctx& c, Cta& cta, uint32_t lane, uint32_t lanes, uint32_t column, uint32_t columns, bool write, const JobEntity* job) {
   Watch* watch = watch_of(*c.cta);
   if (!watch) return;
@@ -69,13 +75,14 @@ bool whole(Ctx& c) {
   return true;
 }
 
+constexpr uint64_t kPairToken = 77;
 // Both CTAs of a pair take part: true once the peer has come as far. The token keeps the arrival.
 bool pair_arrived(Ctx& c) {
   TensorMemory& mine = tensor_of(*c.cta);
   TensorMemory& other = tensor_of(peer_of(c));
   Fragment& f = *c.fragment;
-  if (f.token_what != 77) {
-    f.token_what = 77;
+  if (f.token_what != kPairToken) {
+    f.token_what = kPairToken;
     f.token = ++mine.collective;
     c.machine->event();
   }
@@ -88,33 +95,57 @@ bool pair_arrived(Ctx& c) {
 // Slots: address, columns. in.a: cta_group; in.c: wide address
 Step alloc(Ctx& c, const Instr& in) {
   if (!whole(c)) return Step::block;
+  same_group(c, in.a);
   const uint32_t n = uniform<uint32_t>(c, in, 1, "the number of columns");
   if (n < 32 || n > 512 || (n & (n - 1))) fail("allocates %u columns; it must be a power of two from 32 to 512", n);
-  if (in.a == 2 && !pair_arrived(c)) return Step::block;
   TensorMemory& t = tensor_of(*c.cta);
-  if (t.relinquished) fail("tcgen05.alloc after tcgen05.relinquish_alloc_permit");
-  if (n > t.last_columns) fail("allocates %u columns after %u; allocations must not grow", n, t.last_columns);
-  uint32_t first = 0;
-  for (const auto& [column, count] : t.allocated) {
-    if (first + n <= column) break;
-    first = column + count;
+  t.wanted = n;
+  if (in.a == 2 && !pair_arrived(c)) return Step::block;
+  TensorMemory* other = in.a == 2 ? &tensor_of(peer_of(c)) : nullptr;
+  if (!t.granted) {  // of a pair the first to go on allocates for both, at the same columns
+    uint32_t first = 0;
+    bool moved = true;
+    while (moved) {
+      moved = false;
+      for (TensorMemory* m : {&t, other}) {
+        if (!m) continue;
+        if (m->relinquished) fail("tcgen05.alloc after tcgen05.relinquish_alloc_permit");
+        if (m->wanted != n) fail("allocates %u columns, and its peer CTA %u", n, m->wanted);
+        if (n > m->last_columns) fail("allocates %u columns after %u; allocations must not grow", n, m->last_columns);
+        for (const auto& [column, count] : m->allocated) {
+          if (first < column + count && column < first + n) { first = column + count; moved = true; }
+        }
+      }
+    }
+    if (first + n > kTensorColumns) {  // another warp may free some
+      if (other) { c.fragment->token_what = kPairToken; c.fragment->token = t.collective; }  // it has arrived already
+      c.blocked = c.mask;
+      c.why = "free columns of tensor memory";
+      return Step::block;
+    }
+    for (TensorMemory* m : {&t, other}) {
+      if (!m) continue;
+      m->last_columns = n;
+      m->allocated[first] = n;
+      m->granted = true;
+      m->granted_at = first;
+    }
   }
-  if (first + n > kTensorColumns) {  // another warp may free some
-    c.blocked = c.mask;
-    c.why = "free columns of tensor memory";
-    return Step::block;
-  }
-  t.last_columns = n;
-  t.allocated[first] = n;
+  t.granted = false;
+  const uint32_t first = t.granted_at;
   const uint64_t at = address(c, in, 0, in.c, 0) + static_cast<uint64_t>(in.imm);
   const uint32_t shared = shared_offset(in.c ? at : static_cast<uint32_t>(at));
   std::memcpy(shared_at(c, shared, 4, 4, Access::write, Space::shared), &first, 4);
-  if (watch_of(*c.cta)) touch_memory(c, in, Space::shared, shared, 4, Touch::write, Lanes::together());
+  if (Watch* watch = watch_of(*c.cta)) {
+    touch_memory(c, in, Space::shared, shared, 4, Touch::write, Lanes::together());
+    watch->warp_sync(*c.warp, c.mask);  // all lanes allocate, so that each sees the address
+  }
   c.machine->event();
   return Step::next;
 }
 Step dealloc(Ctx& c, const Instr& in) {
   if (!whole(c)) return Step::block;
+  same_group(c, in.a);
   const uint32_t first = uniform<uint32_t>(c, in, 0, "the address"), n = uniform<uint32_t>(c, in, 1, "the number of columns");
   if (in.a == 2 && !pair_arrived(c)) return Step::block;
   TensorMemory& t = tensor_of(*c.cta);
@@ -126,8 +157,9 @@ Step dealloc(Ctx& c, const Instr& in) {
   c.machine->event();
   return Step::next;
 }
-Step relinquish(Ctx& c, const Instr&) {
+Step relinquish(Ctx& c, const Instr& in) {
   if (!whole(c)) return Step::block;
+  same_group(c, in.a);
   tensor_of(*c.cta).relinquished = true;
   return Step::next;
 }
@@ -137,15 +169,19 @@ template <bool Store> Step move(Ctx& c, const Instr& in) {
   if (!whole(c)) return Step::block;
   const int n = in.a;
   const uint32_t at = uniform<uint32_t>(c, in, n, "the address in tensor memory") + static_cast<uint32_t>(in.imm);
-  const uint32_t lane0 = at >> 16, column = at & 0xFFFF, columns = static_cast<uint32_t>(in.b ? n * 2 : n);
+  const uint32_t column = at & 0xFFFF, columns = static_cast<uint32_t>(in.b ? n * 2 : n);
   const uint32_t quarter = c.warp->id % 4 * 32;
+  const uint32_t lane0 = c.machine->options.strict ? at >> 16 : quarter + (at >> 16) % 32;  // devices ignore the bits of the quarter
   if (lane0 != quarter && !(in.b && lane0 == quarter + 16)) {
     fail("warp %u reaches lanes %u to %u of tensor memory, not lane %u", c.warp->id, quarter, quarter + 31, lane0);
   }
   check_columns(*c.cta, column, columns, Store ? "a store" : "a load");
   note(c, in);
-  touch_tensor(c, *c.cta, lane0, in.b ? 16 : 32, column, columns, Store, nullptr);
   TensorMemory& t = tensor_of(*c.cta);
+  JobEntity& job = t.moves[Store][c.warp->id];
+  if (Watch* watch = watch_of(*c.cta)) job = job.clock ? watch->again(job) : watch->begin(c);
+  touch_tensor(c, *c.cta, lane0, in.b ? 16 : 32, column, columns, Store, &job);
+  if (Watch* watch = watch_of(*c.cta); watch && !Store && !c.machine->options.strict) watch->acquire(*c.warp, kAll, job);  // devices wait for registers that are used
   for (int r = 0; r < n; ++r) {
     for (uint32_t l = 0; l < 32; ++l) {
       uint32_t& word = in.b ? t.at(lane0 + l / 4 + 8 * (r / 2 & 1), column + static_cast<uint32_t>(r / 4) * 8 + l % 4 * 2 + (r & 1)) : t.at(lane0 + l, column + static_cast<uint32_t>(r));
@@ -155,12 +191,27 @@ template <bool Store> Step move(Ctx& c, const Instr& in) {
   }
   return Step::next;
 }
-Step wait(Ctx& c, const Instr&) { return whole(c) ? Step::next : Step::block; }  // loads and stores are done when issued
-Step fence(Ctx&, const Instr&) { return Step::next; }
+// Loads and stores are done when issued, but in order before others only from here on. in.a: stores
+Step wait(Ctx& c, const Instr& in) {
+  if (!whole(c)) return Step::block;
+  const JobEntity job = tensor_of(*c.cta).moves[in.a][c.warp->id];
+  if (Watch* watch = watch_of(*c.cta); watch && job.clock) watch->acquire(*c.warp, c.mask, job);
+  return Step::next;
+}
+// in.a: before_thread_sync, which a relaxed arrival needs. The other fence is not checked: CUTLASS does without.
+Step fence(Ctx& c, const Instr& in) {
+  Watch* watch = watch_of(*c.cta);
+  if (!watch || !in.a) return Step::next;
+  TensorMemory& t = tensor_of(*c.cta);
+  for (auto& moves : t.moves) watch->fence_job(*c.warp, c.mask, moves[c.warp->id]);
+  for (auto& cta : c.cta->cluster->ctas) watch->fence_job(*c.warp, c.mask, tensor_of(*cta).pipe);
+  return Step::next;
+}
 
-// Slots: barrier, [cta mask]. in.a: multicast; in.b: space
+// Slots: barrier, [cta mask]. in.a: multicast; in.b: cta_group
 Step commit(Ctx& c, const Instr& in) {
   note(c, in);
+  same_group(c, in.b);
   for (int l = 0; l < 32; ++l) {
     if (!(c.mask >> l & 1)) continue;
     uint64_t at = address(c, in, 0, in.c, l) + static_cast<uint64_t>(in.imm);
@@ -174,9 +225,12 @@ Step commit(Ctx& c, const Instr& in) {
       for (uint32_t r = 0; r < ctas; ++r) if (mask >> r & 1) barriers.push_back(&mbarrier_at(c, (signal & 0xFFFFFF) | r << 24, Space::cluster));
     } else barriers.push_back(&mbarrier_at(c, signal, Space::cluster));
     const JobEntity pipe = tensor_of(*c.cta).pipe;
-    issue_tensor_op(c, [barriers, pipe, watched = watch_of(*c.cta) != nullptr](Ctx& later) {
+    Order observed;  // what the operations read was complete before them
+    if (Watch* watch = watch_of(*c.cta)) c.machine->options.strict ? watch->release_observed(*c.warp, 1u << l, observed) : watch->release(*c.warp, c.mask, observed);
+    issue_tensor_op(c, [barriers, pipe, observed](Ctx& later) {
       for (Mbarrier* b : barriers) {
-        if (watched && pipe.clock) Watch::release_job(b->next, pipe);
+        b->next.join(observed);
+        if (pipe.clock) Watch::release_job(b->next, pipe);
         mbarrier_arrive(*later.machine, *b, 1);
       }
     });
@@ -215,7 +269,8 @@ void add_tcgen05(Decoders& t) {
       if (columns) d.src(1, Type::b32);
       d.in.run = run;
     };
-    switch (d.must({"alloc", "dealloc", "relinquish_alloc_permit", "ld", "st", "wait::ld", "wait::st", "commit", "fence::before_thread_sync", "fence::after_thread_sync", "mma", "cp"})) {
+    const int what = d.must({"alloc", "dealloc", "relinquish_alloc_permit", "ld", "st", "wait::ld", "wait::st", "commit", "fence::before_thread_sync", "fence::after_thread_sync", "mma", "cp"});
+    switch (what) {
       case 0: return collective(alloc, true, true);
       case 1: return collective(dealloc, true, false);
       case 2: return collective(relinquish, false, false);
@@ -223,10 +278,11 @@ void add_tcgen05(Decoders& t) {
       case 4: return decode_move(d, true);
       case 5: case 6:
         if (!d.take("sync") || !d.take("aligned")) d.wrong("needs .sync.aligned");
+        d.in.a = what == 6;
         d.in.run = wait;
         return;
       case 7: {
-        decode_cta_group(d);
+        d.in.b = static_cast<uint16_t>(decode_cta_group(d));
         if (!d.take("mbarrier::arrive::one")) d.wrong("needs .mbarrier::arrive::one");
         d.ignore({"shared::cluster", "b64"});
         d.in.a = d.take("multicast::cluster");
@@ -235,7 +291,7 @@ void add_tcgen05(Decoders& t) {
         d.in.run = commit;
         return;
       }
-      case 8: case 9: d.in.run = fence; return;
+      case 8: case 9: d.in.a = what == 8; d.in.run = fence; return;
       case 10: return decode_tensor_mma(d);
       default: return decode_tensor_copy(d);
     }

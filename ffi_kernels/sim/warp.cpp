@@ -40,7 +40,7 @@ void fill_builtins(Machine& m, Warp& w, Frame& frame) {
         case Builtin::lanemask_ge: v = static_cast<uint32_t>(~((1u << lane) - 1)); break;
         case Builtin::cluster_ctarank: v = cta.rank; break;
         case Builtin::cluster_nctarank: v = size; break;
-        case Builtin::is_explicit_cluster: v = size > 1; break;
+        case Builtin::is_explicit_cluster: v = size > 1 ? ~0u : 0; break;  // a predicate: a bit per lane
         case Builtin::total_smem_size: v = m.shared_bytes; break;
         case Builtin::aggr_smem_size: v = m.shared_bytes + 1024; break;
         case Builtin::dynamic_smem_size: v = m.launch.shared_bytes; break;

@@ -1,5 +1,6 @@
 """The command line on the embedded model: output, exit codes, sentences for bad input."""
 
+import functools
 import json
 
 import jax
@@ -115,6 +116,37 @@ def test_bench_of_random_weights_refuses_what_does_not_fit(capsys):
     assert "--layers and --experts trim random weights" in capsys.readouterr().err
 
 
+def test_bench_of_random_weights_keeps_each_setting_at_once(capsys, monkeypatch, tmp_path):
+    """The embedded model's shapes in place of Flash: one setting is timed, one does not fit, and time may be over after the first."""
+    from dsv4_jax import bench_step
+
+    monkeypatch.setitem(bench_step.PRESETS, "flash", dsv4.TINY)
+    monkeypatch.setattr(bench_step, "roofline", lambda: (1e9, 1e9))
+    monkeypatch.setattr(bench_step, "STEPS", 2)
+    monkeypatch.setattr(bench_step, "LOOPS", 1)
+    monkeypatch.setattr(bench_step, "random_weights", functools.cache(bench_step.random_weights))
+    timed = bench_step._time
+
+    def time_or_fail(model, batch, context, read):
+        if context == 64:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
+        return timed(model, batch, context, read) if batch == 1 else {"ms_per_step": 7.0}
+
+    monkeypatch.setattr(bench_step, "_time", time_or_fail)
+    kept = tmp_path / "rows"
+    command = ["bench", "decode", "--model", "flash", "--recipe", "bf16", "--layers", "1", "--context", "32,64", "--batch", "1,2", "--out", str(kept)]
+    code, out, _ = run(capsys, *command)
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert code == 0 and [(row["batch"], row["context"]) for row in rows] == [(1, 32), (1, 64), (2, 32), (2, 64)]
+    assert rows[0]["ms_per_step"] > 0 and rows[0]["compile_s"] > 0 and rows[0]["native_launches"] == 0
+    assert rows[1]["error"] == "RESOURCE_EXHAUSTED: out of memory" and rows[2]["ms_per_step"] == 7
+    figures = json.loads(out.splitlines()[-1])
+    assert figures["layers"] == 1 and len(figures["steps"]) == 4 and figures["steps"][1]["error"] == rows[1]["error"]
+    monkeypatch.setattr(bench_step, "_time", lambda *args: {"ms_per_step": 7.0})
+    code, out, _ = run(capsys, *command, "--seconds", "1e-6")
+    assert code == 0 and "stopped here" in out and len(kept.read_text().splitlines()) == 5
+
+
 def test_selftest_and_kernel_benchmarks_need_native_kernels(capsys, monkeypatch):
     monkeypatch.delenv("DSV4_BACKEND", raising=False)
     for command in (["selftest"], ["bench", "kernels"]):
@@ -126,12 +158,16 @@ def test_selftest_and_kernel_benchmarks_need_native_kernels(capsys, monkeypatch)
         capsys.readouterr()
 
 
-def test_selftest_on_the_interpreter(capsys):
+def test_selftest_on_the_interpreter(capsys, tmp_path):
     """Small cases of the real shapes through the command; the last line is its JSON."""
     from ffi_kernels import library
 
     if (missing := library.why_not("sim")) is not None:
         pytest.skip(missing)
-    code, out, _ = run(capsys, "selftest", "--backend", "sim", "--model", "flash", "--only", "rms_norm 1 rows|route_tokens hash R1$")
+    command = ["selftest", "--backend", "sim", "--model", "flash", "--only", "rms_norm 1 rows|route_tokens hash R1$", "--out", str(tmp_path / "rows")]
+    code, out, _ = run(capsys, *command)
     figures = json.loads(out.strip().splitlines()[-1])
     assert (code, figures["failed"], len(figures["cases"])) == (0, 0, 2)
+    assert [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()] == figures["cases"]
+    code, out, _ = run(capsys, *command, "--seconds", "0")
+    assert code == 0 and "stopped here: 0 s are over" in out and "1 of 1 cases agree" in out

@@ -56,6 +56,19 @@ def test_the_variable_chooses_and_the_context_wins(monkeypatch):
         ops.hadamard(jnp.zeros(4))
 
 
+def test_the_arch_is_the_forced_one_or_the_devices(monkeypatch):
+    """Built or not: lowering for an architecture needs no kernels of this project."""
+    monkeypatch.setattr(library, "of_device", lambda: "sm_90a")
+    assert dispatch.arch() == "sm_90a"
+    monkeypatch.setenv("DSV4_BACKEND", "sm_100a")
+    assert dispatch.arch() == "sm_100a"
+    with ops.backend("xla"):
+        assert dispatch.arch() == "sm_90a", "the reference runs on the device as well"
+    monkeypatch.delenv("DSV4_BACKEND")
+    monkeypatch.setattr(library, "of_device", lambda: None)
+    assert dispatch.arch() is None
+
+
 def test_an_op_that_a_backend_lacks_names_both(monkeypatch):
     monkeypatch.setitem(dispatch._OPS, "other", {})
     with ops.backend("other"):

@@ -87,6 +87,17 @@ def test_any_exponents(backend, low, high):
         assert abs(got[at] - want[at]) <= 1e-4 * abs(want[at]) + 1e-5 * 2.0 ** float(keys.scale[at[0], at[2]].max() - 127.0), at
 
 
+@pytest.mark.parametrize("form", ["fp4", "wide fp4", "bf16"])
+def test_weights_in_bf16_and_their_scale(backend, form):
+    """The bits of weights that were scaled in fp32 before."""
+    q, keys, weights = inputs(form.split()[-1], 2, 2, 16, 70)
+    if form == "wide fp4":
+        keys = with_exponents(keys, 1, -8, 8)
+    weights, scale = weights.astype(BF16), 2.0**-6.5
+    got = jax.jit(functools.partial(ops.index_scores, weight_scale=scale))(q, keys, weights)
+    assert_bits(np.asarray(got), native(q, keys, weights.astype(F32) * F32(scale)))
+
+
 def test_neighbours_change_nothing(backend):
     """An entry's score has the same bits whether its neighbours, or the other tokens, take integer products or not."""
     q, keys, weights = inputs("fp4", 1, 2, 64, 64)

@@ -40,7 +40,6 @@ DSV4_D uint32_t decode_pair(uint32_t word, int at, int exponent) {
 DSV4_D float wide_scores(const IndexScoresParams& p, int b, int t, int base, int g, int j) {
   const int64_t token = int64_t(b) * p.tokens + t;
   const uint16_t* q = p.q + token * p.heads * kChannels + 32 * j;
-  const float* weights = p.head_weights + token * p.heads;
   float score = 0.0f;
 #pragma unroll 1
   for (int i = 0; i < kWays; ++i) {
@@ -60,8 +59,9 @@ DSV4_D float wide_scores(const IndexScoresParams& p, int b, int t, int base, int
         const uint2 c = second ? *reinterpret_cast<const uint2*>(q + (h + 8) * kChannels + 4 * s) : none;
         mma_bf16(dots, a.x, c.x, a.y, c.y, decode_pair(word, 0, exponent), decode_pair(word, 8, exponent));
       }
-      if (first) even = fmaf(relu(dots[0]), weights[h], even), odd = fmaf(relu(dots[1]), weights[h], odd);
-      if (second) even = fmaf(relu(dots[2]), weights[h + 8], even), odd = fmaf(relu(dots[3]), weights[h + 8], odd);
+      const float w = first ? head_weight(p, token * p.heads + h) : 0.0f, w8 = second ? head_weight(p, token * p.heads + h + 8) : 0.0f;
+      if (first) even = fmaf(relu(dots[0]), w, even), odd = fmaf(relu(dots[1]), w, odd);
+      if (second) even = fmaf(relu(dots[2]), w8, even), odd = fmaf(relu(dots[3]), w8, odd);
     }
 #pragma unroll
     for (int offset = 16; offset >= 4; offset /= 2) {
@@ -119,7 +119,7 @@ DSV4_D void prepare_head(const IndexScoresParams& p, int b, int t, int head, int
   sum = warp_sum<4>(sum);
   if (!exact) atomicOr(wide, 1u << t);
   if (j == 0) {
-    const float weight = real ? p.head_weights[at] : 0.0f;
+    const float weight = real ? head_weight(p, at) : 0.0f;
     const int second = (head % 16) / 8;
     // The entries' integers carry an offset of 128.
     reinterpret_cast<int*>(&out.start[head / 16][head % 8])[second] = int(kMagicBits) - 128 * int(sum);

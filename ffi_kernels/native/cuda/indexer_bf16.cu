@@ -26,7 +26,7 @@ DSV4_D void index_scores_bf16(const IndexScoresParams& p) {
     a[0] = raw.x, a[2] = raw.y, a[128] = raw.z, a[130] = raw.w;
     if (v == 0) {
       float* weight = reinterpret_cast<float*>(&query[t].weight[head / 16][head % 8]);
-      weight[(head % 16) / 8] = real ? p.head_weights[at] : 0.0f;
+      weight[(head % 16) / 8] = real ? head_weight(p, at) : 0.0f;
     }
   }
   __syncthreads();

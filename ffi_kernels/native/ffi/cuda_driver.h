@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace dsv4::cuda {
 
@@ -50,6 +51,8 @@ struct Api {
   Result (*cuKernelSetAttribute)(int, int, Kernel, Device);
   Result (*cuKernelGetParamInfo)(Kernel, size_t, size_t*, size_t*);  // null before CUDA 12.4
   Result (*cuLaunchKernelEx)(const LaunchConfig*, Kernel, void**, void**);
+  Result (*cuTensorMapEncodeTiled)(void* map, int type, uint32_t rank, void* address, const uint64_t* dims, const uint64_t* strides,
+                                   const uint32_t* box, const uint32_t* element_strides, int interleave, int swizzle, int promotion, int fill);
 };
 
 }  // namespace dsv4::cuda

@@ -41,7 +41,8 @@ Loaded load() {
                   symbol(library, "cuLibraryLoadFromFile", api.cuLibraryLoadFromFile) &&
                   symbol(library, "cuLibraryGetKernel", api.cuLibraryGetKernel) &&
                   symbol(library, "cuKernelSetAttribute", api.cuKernelSetAttribute) &&
-                  symbol(library, "cuLaunchKernelEx", api.cuLaunchKernelEx);
+                  symbol(library, "cuLaunchKernelEx", api.cuLaunchKernelEx) &&
+                  symbol(library, "cuTensorMapEncodeTiled", api.cuTensorMapEncodeTiled);
   symbol(library, "cuKernelGetParamInfo", api.cuKernelGetParamInfo);
   if (!complete) result.error = "the CUDA driver is older than 12.0 and lacks cuLibrary or cuLaunchKernelEx; update it";
   return result;
@@ -52,11 +53,14 @@ const Loaded& driver() {
   return loaded;
 }
 
-std::string describe(const Launch& launch, const std::string& what, Result code) {
+std::string describe(const std::string& what, Result code) {
   const char* text = nullptr;
   driver().api.cuGetErrorString(code, &text);
-  return "kernel " + launch.kernel + " (" + launch.module + ", " + launch.arch + "): " + what + " failed: " +
-         (text ? text : "unknown error") + " (" + std::to_string(code) + ")";
+  return what + " failed: " + (text ? text : "unknown error") + " (" + std::to_string(code) + ")";
+}
+
+std::string describe(const Launch& launch, const std::string& what, Result code) {
+  return "kernel " + launch.kernel + " (" + launch.module + ", " + launch.arch + "): " + describe(what, code);
 }
 
 std::mutex mutex;
@@ -126,6 +130,15 @@ std::string driver_prepare(const Launch& launch) {
   std::lock_guard<std::mutex> lock(mutex);
   Kernel kernel;
   return resolve(launch, kernel);
+}
+
+// On the host alone, from the addresses of this launch: XLA calls the handler again when a graph's buffers have moved.
+std::string driver_encode(const TensorMapArguments& t, void* map) {
+  if (!driver().error.empty()) return driver().error;
+  if (Result code = driver().api.cuTensorMapEncodeTiled(map, t.type, t.rank, t.address, t.dims, t.strides, t.box, t.kElementStrides,
+                                                        t.kInterleave, t.swizzle, t.kPromotion, t.kFill))
+    return describe("cuTensorMapEncodeTiled", code);
+  return "";
 }
 
 std::string driver_launch(const Launch& launch, void* stream) {

@@ -18,13 +18,20 @@ struct IndexScoresParams {
   const uint16_t* q;          // bf16 [B, T, H, 128]
   const void* keys;           // e2m1 pairs [B, C, 64], or bf16 [B, C, 128]
   const uint8_t* scale;       // e8m0 [B, C, 4], null for bf16 keys
-  const float* head_weights;  // fp32 [B, T, H]
+  const void* head_weights;   // fp32 or bf16 [B, T, H]
   const int32_t* visible;     // int32 [B, T], or null: all entries
   float* scores;              // fp32 [B, T, C]
   int32_t tokens;             // T <= 16
   int32_t heads;              // H
   int32_t entries;            // C
+  int32_t weights_in_bf16;
+  float weight_scale;
 };
+
+DSV4_D float head_weight(const IndexScoresParams& p, int64_t at) {
+  const float w = p.weights_in_bf16 ? bf16_to_float(static_cast<const uint16_t*>(p.head_weights)[at]) : static_cast<const float*>(p.head_weights)[at];
+  return w * p.weight_scale;
+}
 
 DSV4_D float relu(float x) {  // keeps nan
   asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(x));

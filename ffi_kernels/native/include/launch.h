@@ -15,6 +15,20 @@ struct Memory {  // a buffer that the kernel may touch
   bool writable;
 };
 
+// A buffer as TMA sees it: a tensor of which boxes are copied. Numbers as cuTensorMapEncodeTiled takes them; sizes count from the
+// innermost dimension, in elements; strides, of all other dimensions, in bytes.
+struct TensorMapArguments {
+  static constexpr size_t kBytes = 128, kAlign = 64;  // encoded
+  int type, swizzle;
+  uint32_t rank;
+  void* address;
+  uint64_t dims[5], strides[4];
+  uint32_t box[5];
+  static constexpr uint32_t kElementStrides[5] = {1, 1, 1, 1, 1};
+  static constexpr int kInterleave = 0, kPromotion = 3, kFill = 0;  // none; rows to L2 by 256 bytes; zeros beyond the bounds
+};
+using EncodeTensorMap = std::string (*)(const TensorMapArguments& tensor, void* map);
+
 struct Launch {
   std::string arch;    // "sm_90a", "sm_100a": which image to run
   std::string module;  // stem of the .cu file
@@ -23,7 +37,7 @@ struct Launch {
   uint32_t block[3];
   uint32_t cluster[3];
   uint32_t shared_bytes;  // dynamic
-  const uint8_t* params;  // the kernel's one argument, a POD
+  const uint8_t* params;  // the kernel's one argument, a POD; its tensor maps are encoded
   size_t params_bytes;
   std::vector<Memory> memory;
 };
@@ -35,8 +49,10 @@ std::string image_path(const std::string& arch, const std::string& module);  // 
 // CUDA driver. `prepare` loads the module and sets the kernel's attributes; `launch` only enqueues on `stream`.
 std::string driver_prepare(const Launch& launch);
 std::string driver_launch(const Launch& launch, void* stream);
+std::string driver_encode(const TensorMapArguments& tensor, void* map);
 
 // Interpreter: runs to the end before it returns. Schedule and checks come from the variable DSV4_SIM.
 std::string sim_launch(const Launch& launch);
+std::string sim_encode(const TensorMapArguments& tensor, void* map);
 
 }  // namespace dsv4

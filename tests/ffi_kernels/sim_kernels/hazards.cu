@@ -45,6 +45,15 @@ extern "C" __global__ void exchange(const __grid_constant__ Ints p) {
   }
   p.d[threadIdx.x] = v;
 }
+// Lanes that share a word, each with a half of its own. 1: reads the half of a lane of another word without __syncwarp.
+extern "C" __global__ void halves(const __grid_constant__ Ints p) {
+  __shared__ short s[64];
+  volatile int skip = p.n == 1 ? 2 : 0;
+  for (int k = 0; k < 3; ++k) {
+    s[threadIdx.x] = short(p.a[threadIdx.x] + k);
+    p.d[64 * k + threadIdx.x] = s[threadIdx.x ^ skip];
+  }
+}
 // cp.async. 1: no wait; 2: waits for one group too few; 3: no barrier after the wait.
 extern "C" __global__ void copies(const __grid_constant__ Ints p) {
   __shared__ __align__(16) int s[2][256];
@@ -150,6 +159,21 @@ extern "C" __global__ void peers(const __grid_constant__ Ints p) {
   p.d[blockIdx.x * 32 + threadIdx.x] = v;
   if (p.n != 3) cluster_sync();
 }
+// Arrivals at the other CTA's mbarrier. 1: a CTA does not wait for those at its own before it ends; 2: no barrier of the cluster at the start.
+extern "C" __global__ void arrivals(const __grid_constant__ Ints p) {
+  __shared__ uint64_t bar;
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  if (threadIdx.x == 0) {
+    init(&bar, 32);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncwarp();
+  if (p.n != 2) cluster_sync();
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote(&bar, rank ^ 1)) : "memory");
+  if (p.n != 1) wait(&bar, 0);
+  p.d[blockIdx.x * 32 + threadIdx.x] = p.a[blockIdx.x * 32 + threadIdx.x];
+}
 // A flag in shared memory. 1: no fence by the writer; 2: none by the reader.
 extern "C" __global__ void flag(const __grid_constant__ Ints p) {
   __shared__ int value[32];
@@ -184,4 +208,23 @@ extern "C" __global__ void handover(const __grid_constant__ Ints p) {
   for (int i = threadIdx.x; i < 64 * int(gridDim.x); i += 32) sum += rows[i];
   sum = __reduce_add_sync(~0u, sum);
   if (threadIdx.x == 0) p.d[1] = sum;
+}
+// What devices are known to do though the ISA does not promise it (strict=off). 1: a relaxed arrival at the cluster barrier
+// orders shared memory; 2: a member mask names lanes that have exited; 3: the lowest lane is elected; 4: a bulk store is in
+// flight at the end; 5: lanes that run together see each other's stores; 6: one lane's bulk store sees them too.
+extern "C" __global__ void habits(const __grid_constant__ Ints p) {
+  __shared__ __align__(128) int s[64];
+  if (p.n == 2 && threadIdx.x >= 20) return;
+  s[threadIdx.x] = p.a[threadIdx.x];
+  if (p.n == 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  else if (p.n < 5) __syncwarp();
+  int elected = 0, leads = 0;
+  if (p.n == 3) asm volatile("{ .reg .pred p; elect.sync %0|p, -1; selp.b32 %1, 1, 0, p; }" : "=r"(elected), "=r"(leads));
+  if (p.n != 4 && p.n != 6) {
+    p.d[threadIdx.x] = p.n == 3 ? elected : s[threadIdx.x ^ (p.n == 1 ? 32 : p.n == 5 ? 1 : 0)];
+    return;
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  if (p.n == 4) __syncwarp();
+  if (threadIdx.x == 0) asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], 128;\n cp.async.bulk.commit_group;" ::"l"(p.d), "r"(at(s)) : "memory");
 }

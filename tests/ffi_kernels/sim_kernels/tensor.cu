@@ -1,4 +1,4 @@
-// Tensor copies and wgmma. Operands arrive by TMA in the swizzled layouts that descriptors name.
+// A GEMM of tensor copies and wgmma. Operands arrive in the swizzled layouts that descriptors name.
 #include <cstdint>
 
 struct alignas(64) Map { uint64_t opaque[16]; };
@@ -13,28 +13,26 @@ __device__ void load(void* to, const Map* map, int x, int y, uint64_t* bar) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(at(to)), "l"(map), "r"(x), "r"(y), "r"(at(bar)) : "memory");
 }
 
-// A box of a tensor of three dimensions as it lies in shared memory, and back into another tensor.
 struct Box { Map from, to; uint8_t* seen; int x, y, z, bytes; };
-extern "C" __global__ void box(const __grid_constant__ Box p) {
+// CTA 0 copies a box to its own shared memory and lets CTA 1's mbarrier count the bytes: that takes .cta_group::2, which sm_90 lacks.
+extern "C" __global__ void foreign(const __grid_constant__ Box p) {
   extern __shared__ __align__(1024) uint8_t dynamic[];
-  uint8_t* s = dynamic;
   __shared__ uint64_t bar;
+  uint32_t rank, other;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   if (threadIdx.x == 0) {
     init(&bar, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    expect(&bar, p.bytes);
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(at(s)), "l"(&p.from), "r"(p.x), "r"(p.y),
-                 "r"(p.z), "r"(at(&bar)) : "memory");
   }
-  __syncthreads();
-  wait(&bar, 0);
-  for (int i = threadIdx.x; i < p.bytes; i += 32) p.seen[i] = s[i];
-  if (threadIdx.x == 0) {
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&p.to), "r"(at(s)), "r"(p.x), "r"(p.y), "r"(p.z) : "memory");
-    asm volatile("cp.async.bulk.commit_group;\n cp.async.bulk.wait_group 0;" ::: "memory");  // nothing else orders the two
-    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&p.to), "r"(at(s)), "r"(p.x), "r"(p.y), "r"(p.z) : "memory");
-    asm volatile("cp.async.bulk.commit_group;\n cp.async.bulk.wait_group 0;" ::: "memory");
-  }
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("mapa.shared::cluster.u32 %0, %1, 1;" : "=r"(other) : "r"(at(&bar)));
+  if (rank == 1 && threadIdx.x == 0) expect(&bar, p.bytes);
+  if (rank == 0 && threadIdx.x == 0)
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(at(dynamic)), "l"(&p.from), "r"(p.x), "r"(p.y),
+                 "r"(p.z), "r"(other) : "memory");
+  if (rank == 1) wait(&bar, 0);
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // d[m][n] (f32) = a[m][k] b[n][k]: a warp that loads, a warpgroup that multiplies; tiles of 64 x N x (rows of SW bytes).
@@ -49,7 +47,6 @@ template <int N, int Kind> __device__ void multiply(float (&d)[N / 2], uint64_t 
   if (Kind == 1) WGMMA("m64n32k16.f32.f16.f16", ", 1, -1, 0, 0");
   if (Kind == 2) WGMMA("m64n32k8.f32.tf32.tf32", ", 1, 1");
   if (Kind == 3) WGMMA("m64n32k32.f32.e4m3.e4m3", ", 1, 1");
-  if (Kind == 4) WGMMA("m64n32k16.f32.bf16.bf16", ", 1, 1, 1, 1");
 }
 __device__ uint64_t descriptor(uint32_t start, int leading, int stride, int swizzle) {
   const uint64_t mode = swizzle == 128 ? 1 : swizzle == 64 ? 2 : swizzle == 32 ? 3 : 0;
@@ -60,7 +57,7 @@ struct Gemm { Map a, b; float* d; int m, n, k, element, swizzle, defect; };
 constexpr int kStages = 2;
 template <int Kind> __device__ void gemm(const Gemm& p, const Map* map_a, const Map* map_b) {
   extern __shared__ __align__(1024) uint8_t dynamic[];
-  uint8_t* s = dynamic;
+  uint8_t* s = dynamic + (1024 - (at(dynamic) & 1023)) % 1024;  // the launch asks for 1024 bytes more
   __shared__ uint64_t full[kStages], empty[kStages];
   const int row_bytes = p.swizzle, per_row = row_bytes / p.element, steps = (p.k + per_row - 1) / per_row;
   const int tiles_n = (p.n + 31) / 32, tiles = (p.m + 63) / 64 * tiles_n, stage_bytes = 96 * 128;
@@ -69,7 +66,7 @@ template <int Kind> __device__ void gemm(const Gemm& p, const Map* map_a, const 
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;  // uniform, as the compiler must see for wgmma
   int count = 0;
   if (warp == 4) {
     if (lane == 0) for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -99,6 +96,7 @@ template <int Kind> __device__ void gemm(const Gemm& p, const Map* map_a, const 
       if (lane == 0) arrive(&empty[stage]);
     }
     if (p.defect == 5) asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    for (int i = 0; i < 16; ++i) asm volatile("" : "+f"(d[i])::"memory");  // read after the wait, not before
     for (int i = 0; i < 16; ++i) {
       const int row = tile / tiles_n * 64 + 16 * warp + lane / 4 + 8 * (i / 2 & 1), col = tile % tiles_n * 32 + i / 4 * 8 + lane % 4 * 2 + (i & 1);
       if (row < p.m && col < p.n) p.d[row * p.n + col] = d[i];
@@ -109,23 +107,3 @@ extern "C" __global__ void __launch_bounds__(160) gemm_bf16(const __grid_constan
 extern "C" __global__ void __launch_bounds__(160) gemm_f16(const __grid_constant__ Gemm p) { gemm<1>(p, &p.a, &p.b); }
 extern "C" __global__ void __launch_bounds__(160) gemm_tf32(const __grid_constant__ Gemm p) { gemm<2>(p, &p.a, &p.b); }
 extern "C" __global__ void __launch_bounds__(160) gemm_e4m3(const __grid_constant__ Gemm p) { gemm<3>(p, &p.a, &p.b); }
-
-// One product of operands that threads have laid out: k-major without swizzle, or mn-major (both transposed).
-struct One { const uint8_t* a; const uint8_t* b; float* d; int a_bytes, b_bytes, a_leading, a_stride, b_leading, b_stride, swizzle, transposed, defect; };
-extern "C" __global__ void one(const __grid_constant__ One p) {
-  extern __shared__ __align__(1024) uint8_t dynamic[];
-  uint8_t* s = dynamic;
-  uint8_t* sb = s + (p.a_bytes + 1023) / 1024 * 1024;
-  for (int i = threadIdx.x; i < p.a_bytes; i += 128) s[i] = p.a[i];
-  for (int i = threadIdx.x; i < p.b_bytes; i += 128) sb[i] = p.b[i];
-  if (p.defect != 1) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  __syncthreads();
-  float d[16];
-  for (int i = 0; i < 16; ++i) d[i] = 100 + threadIdx.x;
-  const uint64_t a = descriptor(at(s), p.a_leading, p.a_stride, p.swizzle), b = descriptor(at(sb), p.b_leading, p.b_stride, p.swizzle);
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-  if (p.transposed) multiply<32, 4>(d, a, b, 1);
-  else multiply<32, 0>(d, a, b, 1);
-  asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
-  for (int i = 0; i < 16; ++i) p.d[i * 128 + threadIdx.x] = d[i];
-}
