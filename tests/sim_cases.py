@@ -1,4 +1,4 @@
-"""A small case for every kernel of ffi_kernels/native/cuda, as launches that the interpreter repeats (see sim_launches.py).
+"""A small case for every kernel of ffi_kernels/native, as launches that the interpreter repeats (see sim_launches.py).
 
 Shapes are small but awkward: more tiles than teams, ragged edges, every branch of a format. `CASES[name]()` gives the
 launches of a case; a case belongs to one .cu file, the stem of which begins its name.
@@ -10,6 +10,7 @@ import unittest.mock
 
 import jax
 import jax.numpy as jnp
+import matmul_operands
 import ml_dtypes
 import numpy as np
 from sim_launches import Launch, record
@@ -358,6 +359,19 @@ case("attention fp8 tiles")(lambda: attention("csa", "fp8", 19, 128, (16, 1), to
 case("attention bf16 hca parts")(lambda: attention("hca", "bf16", 8, 128, (16, 1), tokens=1, window=40, entries=63, parts=4))
 case("attention bf16 window")(lambda: attention("window", "bf16", 8, 128, (16, 1)))
 case("attention bf16 csa 32")(lambda: attention("csa", "bf16", 19, 256, (32, 1), tokens=1))
+
+
+# name: M, N, K, dtype. With 4 CTAs, or 2 pairs, each takes several tiles, of which the last is ragged, and its ring turns over
+MATMUL = {"one": (300, 648, 800, F32), "one bf16": (100, 72, 96, BF16), "pair": (512, 392, 320, BF16), "pair fp32": (200, 136, 1600, F32)}
+
+
+def matmul(rows, columns, k, dtype):
+    x, w = matmul_operands.operands(rows, columns, k, exact=True)
+    return record(lambda x, w: ops.nvfp4_matmul(x, w, dtype), x, w)
+
+
+for _name, _how in MATMUL.items():
+    case(f"matmul {_name}")(lambda how=_how: matmul(*how))
 
 
 def all_launches(names=None) -> dict[str, list[Launch]]:

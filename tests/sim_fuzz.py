@@ -1,8 +1,9 @@
 """Damaged PTX and absurd launches for the interpreter: `PYTHONPATH=.:tests python tests/sim_fuzz.py --count 10000 [--first N]`.
 
-Every mutant is the PTX of one of our kernels, damaged in one to three places, and launched as its op does or absurdly. It must end
-in a sentence or run to its end. A child process runs them under limits of memory and time, so that a crash, a hang or
-boundless memory is seen and named by its number, which makes the same mutant again: --first N --count 1 --keep FILE.
+Every mutant is the PTX of one of our kernels, damaged in one to three places, and launched as its op does; two thirds of them
+with an absurd size, number or address as well, or with arrays that end early or lie askew. It must end in a sentence or run to
+its end. A child process runs them under limits of memory and time, so that a crash, a hang or boundless memory is seen and
+named by its number, which makes the same mutant again: --first N --count 1 --keep FILE.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import sim_driver as sim
+from sim_launches import Launch
 
 from ffi_kernels import library
 
@@ -37,11 +39,10 @@ OWN = [
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One kernel alone in its module, and how it is launched: args of sim_driver.run, arrays among them."""
+    """PTX of one kernel alone in its module, and how it is launched."""
 
-    kernel: str
     text: str
-    how: dict
+    launch: Launch
 
 
 def alone(text: str, kernel: str) -> str:
@@ -51,22 +52,23 @@ def alone(text: str, kernel: str) -> str:
     return head + "".join(p for p in parts if ".entry" not in p or re.search(rf"\.entry {kernel}\(", p))
 
 
-def subjects() -> list[Subject]:
-    """Our kernels with the launches of sim_cases, and some of the interpreter's own tests."""
-    import sim_cases  # imports jax and runs ops: not in the child
+def subjects(names=None) -> list[Subject]:
+    """Our kernels with the launches of sim_cases, all or those named, and some of the interpreter's own tests."""
+    import sim_cases  # runs ops: not in the child
 
     found = []
-    for launches in sim_cases.all_launches().values():
+    for launches in sim_cases.all_launches(names).values():
         for launch in launches[:1]:
-            text = (library.directory() / f"{launch.module}.sm_90a.ptx").read_text()
-            inputs = [*launch.inputs, *(np.zeros(max(1, int(np.prod(s)) * d.itemsize), np.uint8) for s, d in launch.outputs)]
-            args = [inputs[s] if s >= 0 else None for s in launch.slots] + list(np.frombuffer(launch.scalars, np.int32))
-            how = dict(args=args, grid=launch.grid, block=launch.block, cluster=launch.cluster, shared_bytes=launch.shared_bytes)
-            found.append(Subject(launch.kernel, alone(text, launch.kernel), how))
+            text = next(library.directory().glob(f"{launch.module}.sm_*.ptx")).read_text()
+            found.append(Subject(alone(text, launch.kernel), launch))
     for module, arch, kernel, threads, cluster in OWN:
-        a, d = np.arange(4096, dtype=np.int32), np.zeros(8192, np.int32)
-        args = [d, 3] if module == "speed" else [a, d, 0]
-        found.append(Subject(kernel, alone(sim.ptx(module, arch).read_text(), kernel), dict(args=args, grid=2, block=threads, cluster=cluster, shared_bytes=24576 if module == "speed" else 0)))
+        speed = module == "speed"  # it takes an output and a number of rounds, the others an input, an output, a number
+        launch = Launch(
+            op="", module=module, kernel=kernel, grid=(2, 1, 1), block=(threads, 1, 1), cluster=(cluster, 1, 1), shared_bytes=24576 if speed else 0,
+            slots=(1,) if speed else (0, 1), scalars=np.int32(3 if speed else 0).tobytes(), maps=(), inputs=(np.arange(4096, dtype=np.int32),),
+            outputs=(((8192,), np.dtype(np.int32)),), aliases=(),
+        )  # fmt: skip
+        found.append(Subject(alone(sim.ptx(module, arch).read_text(), kernel), launch))
     return found
 
 
@@ -123,23 +125,37 @@ def damaged(text: str, rng) -> str:
     return "\n".join(lines)
 
 
-def launch_of(how: dict, rng) -> dict:
-    """The launch as it should be, or with an absurd size somewhere."""
-    how = dict(how)
-    if rng.integers(0, 4):
-        return how
+def launch_of(launch: Launch, rng) -> Launch:
+    """The launch as it should be, or with an absurd size, number or address somewhere, or arrays that end early or lie askew."""
+    if not rng.integers(0, 3):
+        return launch
     size = int(_pick(rng, [0, 1, 2, 3, 31, 32, 33, 1024, 1025, 65535, 65536, 2**31 - 1, 2**32 - 1]))
-    what = int(rng.integers(0, 5))
+    what = int(rng.integers(0, 9))
     if what < 3:
         key = ("grid", "block", "cluster")[what]
-        value = list(sim._three(how[key]))
+        value = list(getattr(launch, key))
         value[int(rng.integers(0, 3))] = size
-        how[key] = tuple(value)
-    elif what == 3:
-        how["shared_bytes"] = size
-    else:
-        how["raw_params"] = bytes(rng.integers(0, 256, min(size, 5000), np.uint8))
-    return how
+        return dataclasses.replace(launch, **{key: tuple(value)})
+    if what == 3:
+        return dataclasses.replace(launch, shared_bytes=size)
+    if what == 4:
+        return dataclasses.replace(launch, slots=(), maps=(), scalars=bytes(rng.integers(0, 256, min(size, 5000), np.uint8)))
+    if what == 5 and launch.scalars:
+        values = np.frombuffer(launch.scalars, np.int32).copy()
+        values[int(rng.integers(0, len(values)))] = np.uint32(size).view(np.int32)
+        return dataclasses.replace(launch, scalars=values.tobytes())
+    if what == 6 and launch.maps:
+        maps = [list(numbers) for numbers in launch.maps]
+        maps[int(rng.integers(0, len(maps)))][int(rng.integers(1, 18))] = size
+        return dataclasses.replace(launch, maps=tuple(map(tuple, maps)))
+    if what == 7 and not launch.aliases:
+        shape, dtype = launch.outputs[0]
+        return dataclasses.replace(launch, outputs=(((int(np.prod(shape)) // 2,), dtype), *launch.outputs[1:]))
+    i = int(rng.integers(0, len(launch.inputs)))
+    raw = launch.inputs[i].reshape(-1).view(np.uint8)
+    askew = np.zeros(raw.size + 16, np.uint8)[1 + size % 15 :][: raw.size]
+    askew[:] = raw
+    return dataclasses.replace(launch, inputs=(*launch.inputs[:i], askew, *launch.inputs[i + 1 :]))
 
 
 def run_one(number: int, found: list[Subject], path: Path) -> str:
@@ -150,12 +166,10 @@ def run_one(number: int, found: list[Subject], path: Path) -> str:
     for _ in range(int(rng.integers(1, 4))):
         text = damaged(text, rng) or "."
     path.write_bytes(text.encode("latin-1", "replace"))
-    how = launch_of(subject.how, rng)
+    launch = launch_of(subject.launch, rng)
     os.environ["DSV4_SIM"] = f"limit={LIMIT} schedule={_pick(rng, ['eager', 'lazy', 'random'])} seed={number}"
-    args = [a.copy() if isinstance(a, np.ndarray) and a.flags.writeable else a for a in how.pop("args")]
-    memory = [a for a in args if isinstance(a, np.ndarray)] if "raw_params" in how else []
     try:
-        sim.run(path, subject.kernel, () if "raw_params" in how else args, memory=memory, **how)
+        launch.run(path)
     except sim.SimError as error:
         assert len(str(error)) > 20, f"mutant {number} is refused without words: '{error}'"
         return "sentence"

@@ -5,6 +5,7 @@
 again a thousand times, or through damaged kernels.
 """
 
+import ctypes
 import dataclasses
 import struct
 import unittest.mock
@@ -17,6 +18,19 @@ import ffi_kernels as ops
 from ffi_kernels import launch as layer
 
 POISON = 0xA5
+
+
+def _encoded(numbers: tuple, array: np.ndarray) -> bytes:
+    """A tensor map over the array, as the launch layer's handler would make it."""
+    _, kind, swizzle, rank, *sizes = numbers
+    raw, error = ctypes.create_string_buffer(192), ctypes.create_string_buffer(1024)
+    at = (ctypes.addressof(raw) + 63) // 64 * 64
+    encode = sim.library().dsv4_sim_encode_tiled
+    encode.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, *[ctypes.c_void_p] * 5, ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t]
+    dims, strides, box = (ctypes.c_uint64 * 5)(*sizes[:5]), (ctypes.c_uint64 * 4)(*sizes[5:9]), (ctypes.c_uint32 * 5)(*sizes[9:])
+    if encode(at, kind, rank, array.ctypes.data, dims, strides, box, (ctypes.c_uint32 * 5)(*[1] * 5), swizzle, 0, error, 1024):
+        raise sim.SimError(error.value.decode())
+    return ctypes.string_at(at, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +46,7 @@ class Launch:
     shared_bytes: int
     slots: tuple
     scalars: bytes
+    maps: tuple  # 18 numbers for each tensor map: see TensorMap.numbers
     inputs: tuple
     outputs: tuple  # (shape, dtype) of each
     aliases: tuple  # (input, output) that are the same memory
@@ -44,9 +59,10 @@ class Launch:
             made[o][:] = inputs[i].reshape(-1).view(np.uint8)
             inputs[i] = made[o]
         arrays = [*inputs, *made]
-        params = b"".join(struct.pack("<Q", arrays[s].ctypes.data if s >= 0 else 0) for s in self.slots) + self.scalars
+        params = b"".join(_encoded(numbers, arrays[numbers[0]]) for numbers in self.maps)
+        params += b"".join(struct.pack("<Q", arrays[s].ctypes.data if s >= 0 else 0) for s in self.slots) + self.scalars
         sim.run(ptx, self.kernel, grid=self.grid, block=self.block, cluster=self.cluster, shared_bytes=self.shared_bytes,
-                raw_params=params + bytes(-len(params) % 8), memory=arrays)  # fmt: skip
+                raw_params=params + bytes(-len(params) % (128 if self.maps else 8)), memory=arrays)  # fmt: skip
         return made
 
 
@@ -69,6 +85,7 @@ def record(function, *arguments) -> list[Launch]:
                 grid=tuple(int(n) for n in attributes["grid"]), block=tuple(int(n) for n in attributes["block"]),
                 cluster=tuple(int(n) for n in attributes["cluster"]), shared_bytes=int(attributes["shared_bytes"]),
                 slots=tuple(int(n) for n in attributes["slots"]), scalars=attributes["scalars"].tobytes(), inputs=tuple(arrays),
+                maps=tuple(tuple(int(n) for n in numbers) for numbers in attributes["tensor_maps"].reshape(-1, 18)),
                 outputs=tuple((s.shape, np.dtype(s.dtype)) for s in shapes), aliases=tuple(input_output_aliases.items()),
             ))  # fmt: skip
             return call(*inputs, arch=arch, **attributes)

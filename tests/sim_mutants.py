@@ -1,8 +1,8 @@
-"""Mutation test of the interpreter: `PYTHONPATH=.:tests python tests/sim_mutants.py [--only WORDS] [--jobs 2] [--quick]`.
+"""Mutation test of the interpreter: `PYTHONPATH=.:tests python tests/sim_mutants.py [--only WORDS] [--jobs 2]`.
 
-Each mutant of tests/mutants is compiled and run under every schedule, with checks on. It is found if it does not compile, if
-the interpreter reports anything, or if an output differs from that of the undamaged kernel. Prints a table of all
-mutants with what found them, then the survivors. The undamaged kernels must pass the same runs.
+Each mutant of tests/mutants is compiled and run under one schedule after the other, with checks on. It is found if the
+interpreter reports anything, or if an output differs from that of the undamaged kernel. Prints a table of all mutants
+with what found them, then the survivors. The undamaged kernels must pass the same runs. Status 1 if less than 95 % are found.
 """
 
 import argparse
@@ -31,7 +31,7 @@ NATIVE = Path("ffi_kernels/native")
 @dataclasses.dataclass
 class Result:
     mutant: Mutant
-    found: str = ""  # "compiler", a schedule, or empty
+    found: str = ""  # a schedule, or empty
     how: str = ""  # the sentence, or what differs
     case: str = ""
     schedules: int = 0  # that find it, of those that were tried
@@ -41,7 +41,19 @@ def source_of(case: str) -> tuple[str, str]:
     """The .cu file and architecture of a case."""
     if case in DRIVERS:
         return DRIVERS[case].source, DRIVERS[case].arch
-    return str(NATIVE / "cuda" / f"{case.split()[0]}.cu"), "sm_90a"
+    (source,) = (ROOT / NATIVE).glob(f"*/{case.split()[0]}.cu")
+    return str(source.relative_to(ROOT)), "sm_100a" if source.parent.name == "sm100a" else "sm_90a"
+
+
+def _included(source: Path) -> dict[Path, str]:
+    """The text of a file and of all that it includes of ours."""
+    texts, waiting = {}, [source]
+    while waiting:
+        path = waiting.pop()
+        texts[path] = (ROOT / path).read_text()
+        found = [NATIVE / "include" / Path(name).name for name in re.findall(r'^#include "(.*?)"', texts[path], re.M)]
+        waiting += [p for p in found if p not in texts]
+    return texts
 
 
 def _kept(text: str, kernels: set[str]) -> str:
@@ -50,11 +62,10 @@ def _kept(text: str, kernels: set[str]) -> str:
     return re.sub(r"^[A-Z][A-Z0-9_]+\((\w+),.*\n", lambda m: m.group() if not kernels or needed(m.group(1)) else "\n", text, flags=re.M)
 
 
-def compiled(case: str, mutant: Mutant | None, kernels: set[str] = frozenset()) -> Path | str:
-    """PTX of the case's source with the mutant in it, cached by content; the compiler's words if it refuses."""
+def compiled(case: str, mutant: Mutant | None, kernels: set[str] = frozenset()) -> Path:
+    """PTX of the case's source with the mutant in it, cached by content. ValueError with the compiler's words if it refuses."""
     source, arch = source_of(case)
-    texts = {p.relative_to(ROOT): p.read_text() for p in sorted((ROOT / NATIVE / "include").iterdir())} if source.startswith(str(NATIVE)) else {}
-    texts[Path(source)] = (ROOT / source).read_text()
+    texts = _included(Path(source)) if source.startswith(str(NATIVE)) else {Path(source): (ROOT / source).read_text()}
     if mutant:
         texts[Path(mutant.file)] = mutant.apply(texts[Path(mutant.file)])
     texts[Path(source)] = _kept(texts[Path(source)], kernels)
@@ -70,7 +81,7 @@ def compiled(case: str, mutant: Mutant | None, kernels: set[str] = frozenset()) 
         command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-ptx", f"-arch={arch}", f"-I{Path(folder) / NATIVE / 'include'}", source, "-o", "out.ptx"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
-            return (done.stderr or done.stdout).strip().splitlines()[0]
+            raise ValueError(f"'{mutant and mutant.what}' does not compile: {(done.stderr or done.stdout).strip()[:1000]}")
         part = target.with_suffix(f".{os.getpid()}.part")
         shutil.copy(Path(folder) / "out.ptx", part)
         part.rename(target)
@@ -96,8 +107,6 @@ def hunt(mutant: Mutant, cases: dict[str, Case], wanted: dict[str, list], schedu
     """Runs one mutant under the schedules of its cases until one finds it; with all_schedules, under all of the case that does."""
     for name in mutant.cases:
         ptx = compiled(name, mutant, cases[name].kernels)
-        if isinstance(ptx, str):
-            return Result(mutant, "compiler", ptx, name)
         result = Result(mutant, case=name)
         for schedule in schedules:
             try:
@@ -117,8 +126,8 @@ def hunt(mutant: Mutant, cases: dict[str, Case], wanted: dict[str, list], schedu
 def kind_of(result: Result) -> str:
     """The table's word for what found a mutant."""
     words = {"hazard in": "hazard", "deadlock": "deadlock", "spins for ever": "endless", "warp instructions": "endless", "out of bounds": "bounds"}
-    if result.found == "compiler" or not result.found:
-        return result.found or "SURVIVES"
+    if not result.found:
+        return "SURVIVES"
     return next((kind for text, kind in words.items() if text in result.how), "output" if result.how == "another output" else "fault")
 
 
@@ -140,7 +149,7 @@ def run(mutants: list[Mutant], jobs: int = 2, schedules=SCHEDULES, all_schedules
                 future.result()
             results.append(hunt(mutant, cases, wanted, schedules, all_schedules))
             r = results[-1]
-            report(f"{len(results):4} {Path(mutant.file).name:22} {mutant.what:62} {kind_of(r):9} {r.found:14} {r.schedules if all_schedules else '':>3} {r.how.split('. At ')[0][:150]}")
+            report(f"{len(results):4} {Path(mutant.file).name:22} {mutant.what:62} {kind_of(r):9} {r.found:14} {r.schedules if all_schedules else '':>3} {' '.join(r.how.split('. At ')[0].split())[:150]}")
     return results
 
 
@@ -157,7 +166,7 @@ def main() -> int:
           f"{dict(collections.Counter(map(kind_of, results)))}; first by {dict(collections.Counter(r.found.split()[0] for r in results if r.found))}")  # fmt: skip
     for m in alive:
         print(f"survives: {m.file}: {m.what} ({', '.join(m.cases)})\n--- {m.old}\n+++ {m.new}")
-    return bool(alive)
+    return len(alive) > 0.05 * len(results)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Correct kernels under random schedules: no false alarm, and the same bits as the eager schedule gives.
 
 `PYTHONPATH=.:tests python tests/sim_schedules.py --seeds 500` runs every seed on a share of the cases of `sim_cases`, which
-hold every kernel of ffi_kernels/native/cuda, so that each case meets --each seeds; prints a table and the CPU seconds.
+hold every kernel of ffi_kernels/native, so that each case meets --each seeds; prints a table and the CPU seconds.
 """
 
 import argparse
@@ -20,12 +20,12 @@ FIXED = ("schedule=eager", "schedule=lazy")
 
 
 def ptx_of(module: str):
-    return library.directory() / f"{module}.sm_90a.ptx"
+    return next(library.directory().glob(f"{module}.sm_*.ptx"))
 
 
 def kernels() -> set[tuple[str, str]]:
-    """(module, kernel) of everything that was built of native/cuda."""
-    return {(path.name.split(".")[0], k) for path in library.directory().glob("*.sm_90a.ptx") for k in re.findall(r"\.entry (\w+)\(", path.read_text())}
+    """(module, kernel) of everything that was built of native/cuda and native/sm100a."""
+    return {(path.name.split(".")[0], k) for path in library.directory().glob("*.sm_*.ptx") for k in re.findall(r"\.entry (\w+)\(", path.read_text())}
 
 
 def outputs(launches, schedule: str) -> list[np.ndarray]:

@@ -18,7 +18,7 @@ MUTANTS = [
         ("no barrier of the cluster behind the merge", "    cluster_arrive();  // nobody", "    // nobody", TILES),
         ("no __syncwarp between raw rows and what replaces them", "      __syncwarp();  // every lane", "      // every lane", "attention fp8 csa"),
         ("raw rows of odd keys over those of even ones", "raw = to + 16 * (c + 4 * (g & 1)), low", "raw = to + 16 * c, low", "attention fp8 csa"),
-        ("entries are read without the swizzle", "2 * j + lane / 16) ^ (lane % 8))", "2 * j + lane / 16)))", "attention fp8 csa"),
+        ("entries are read without the swizzle", "2 * j + lane / 16) ^ (lane % 8))", "2 * j + lane / 16))", "attention fp8 csa"),
         ("the second tile does not rescale the output", "  if (tile) {\n#pragma unroll", "  if (tile > 1) {\n#pragma unroll", TILES),
         ("keys of a tile round to groups of 8", "tile * kTileKeys + 15) & ~15)", "tile * kTileKeys + 7) & ~7)", "attention fp8 csa, attention bf16 window"),
         ("the rows of the next tile over those of this one", "(((tile + 1) & 1) * kTileKeys + thread)", "((tile & 1) * kTileKeys + thread)", TILES),
