@@ -134,7 +134,8 @@ def kind_of(result: Result) -> str:
 def run(mutants: list[Mutant], jobs: int = 2, schedules=SCHEDULES, all_schedules: bool = False, report=print) -> list[Result]:
     """All results, in order. AssertionError if an undamaged kernel does not pass, ValueError if a table is out of date."""
     cases = {name: Case(name) for name in dict.fromkeys(name for m in mutants for name in m.cases)}
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:  # nvcc works beside the interpreter
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)  # nvcc works beside the interpreter
+    try:
         clean = {name: pool.submit(compiled, name, None, case.kernels) for name, case in cases.items()}
         ready = [[pool.submit(compiled, name, m, cases[name].kernels) for name in m.cases[:1]] for m in mutants]
         wanted = {}
@@ -150,7 +151,9 @@ def run(mutants: list[Mutant], jobs: int = 2, schedules=SCHEDULES, all_schedules
             results.append(hunt(mutant, cases, wanted, schedules, all_schedules))
             r = results[-1]
             report(f"{len(results):4} {Path(mutant.file).name:22} {mutant.what:62} {kind_of(r):9} {r.found:14} {r.schedules if all_schedules else '':>3} {' '.join(r.how.split('. At ')[0].split())[:150]}")
-    return results
+        return results
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def main() -> int:
