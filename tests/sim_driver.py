@@ -29,6 +29,7 @@ SIM = ROOT / "ffi_kernels" / "sim"
 NATIVE = ROOT / "ffi_kernels" / "native"
 KERNELS = ROOT / "tests" / "ffi_kernels" / "sim_kernels"
 ON_DEVICE = os.environ.get("DSV4_SIM_TESTS") == "device"  # see sim_device.py
+SANITIZED = os.environ.get("DSV4_SIM_SANITIZED") == "1"  # the interpreter with the address and undefined behaviour sanitizers: sim_fuzz.py
 CACHE = pathlib.Path(tempfile.gettempdir()) / "dsv4_sim_tests"
 
 
@@ -73,7 +74,7 @@ def library() -> ctypes.CDLL:
     """The interpreter: out of the FFI library where that is up to date, else alone, compiled once per state of its sources."""
     sources = sorted([*SIM.glob("*.cpp"), NATIVE / "ffi" / "images.cpp"])
     headers = sorted([*SIM.glob("*.h"), NATIVE / "include" / "launch.h"])
-    lib = _built(_state(sorted([*SIM.glob("*.cpp"), *SIM.glob("*.h")]))) or _alone(sources, headers)
+    lib = not SANITIZED and _built(_state(sorted([*SIM.glob("*.cpp"), *SIM.glob("*.h")]))) or _alone(sources, headers)
     lib.dsv4_sim_instructions.restype = ctypes.c_uint64
     lib.dsv4_sim_run.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_char_p, ctypes.c_size_t,
                                  ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t]
@@ -81,7 +82,8 @@ def library() -> ctypes.CDLL:
 
 
 def _alone(sources, headers) -> ctypes.CDLL:
-    flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", f"-I{NATIVE / 'include'}", f"-I{SIM}"]
+    sanitizers = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if SANITIZED else []
+    flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", *sanitizers, f"-I{NATIVE / 'include'}", f"-I{SIM}"]
     common = hashlib.sha1(b"".join(f.read_bytes() for f in headers) + " ".join(flags).encode())
     digest = common.copy()
 
@@ -94,7 +96,7 @@ def _alone(sources, headers) -> ctypes.CDLL:
         objects = list(pool.map(compiled, sources))
     for source in sources:
         digest.update(source.read_bytes())
-    return ctypes.CDLL(str(_compile(CACHE / f"libsim-{digest.hexdigest()[:16]}.so", ["g++", "-shared", *map(str, objects)])))
+    return ctypes.CDLL(str(_compile(CACHE / f"libsim-{digest.hexdigest()[:16]}.so", ["g++", "-shared", *sanitizers, *map(str, objects)])))
 
 
 _SOURCES: dict[pathlib.Path, pathlib.Path] = {}  # PTX for sm_90a -> the .cu file it was made of

@@ -176,11 +176,20 @@ def run_one(number: int, found: list[Subject], path: Path) -> str:
     return "ran"
 
 
-def child(folder: Path, first: int, last: int, limited: bool) -> None:
+def _environment(sanitized: bool) -> dict[str, str]:
+    """Of the child. The sanitizers come before everything else that it loads."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    if sanitized:
+        libraries = [subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True).stdout.strip() for name in ("libasan", "libubsan")]
+        env |= {"DSV4_SIM_SANITIZED": "1", "LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return env
+
+
+def child(folder: Path, first: int, last: int) -> None:
     """Runs mutants first .. last - 1; a line for each on stdout."""
     found = pickle.loads((folder / "subjects").read_bytes())
     sim.library()
-    if limited:
+    if not sim.SANITIZED:  # they map terabytes
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -191,7 +200,7 @@ def child(folder: Path, first: int, last: int, limited: bool) -> None:
     signal.alarm(0)
 
 
-def run(first: int, count: int, limited: bool = True, found=None, report=print) -> dict:
+def run(first: int, count: int, sanitized: bool = False, found=None, report=print) -> dict:
     """{'ran': n, 'sentence': n, 'wrong': [(number, what happened)]} of `count` mutants from number `first` on."""
     result = {"ran": 0, "sentence": 0, "wrong": []}
     with tempfile.TemporaryDirectory() as name:
@@ -199,8 +208,8 @@ def run(first: int, count: int, limited: bool = True, found=None, report=print) 
         (folder / "subjects").write_bytes(pickle.dumps(subjects() if found is None else found))
         number, last = first, first + count
         while number < last:
-            command = [sys.executable, __file__, "--child", name, "--first", str(number), "--count", str(last - number), *([] if limited else ["--unlimited"])]
-            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+            command = [sys.executable, __file__, "--child", name, "--first", str(number), "--count", str(last - number)]
+            done = subprocess.run(command, capture_output=True, text=True, env=_environment(sanitized))
             words = [line.split() for line in done.stdout.splitlines() if line.startswith(("begin ", "end "))]
             result.update(collections.Counter({k: result[k] for k in ("ran", "sentence")}) + collections.Counter(w[2] for w in words if w[0] == "end"))
             if done.returncode == 0:
@@ -220,17 +229,17 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=10000, help="mutants (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="number of the first one (default: %(default)s)")
     parser.add_argument("--keep", type=Path, help="write the first mutant's PTX here instead of running it")
-    parser.add_argument("--unlimited", action="store_true", help="no limit of memory, as sanitizers need it")
+    parser.add_argument("--sanitize", action="store_true", help="with the interpreter built for the address and undefined behaviour sanitizers")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(args.child, args.first, args.first + args.count, not args.unlimited)
+        child(args.child, args.first, args.first + args.count)
         return 0
     if args.keep:
         run_one(args.first, subjects(), args.keep)
         return 0
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = run(args.first, args.count, not args.unlimited)
+    result = run(args.first, args.count, args.sanitize)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"{result['ran'] + result['sentence']} mutants: {result['sentence']} end in a sentence, {result['ran']} run to the end, {len(result['wrong'])} wrong; "
           f"{after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime:.0f} s of CPU time")  # fmt: skip
