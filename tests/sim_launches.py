@@ -52,7 +52,7 @@ class Launch:
     aliases: tuple  # (input, output) that are the same memory
 
     def run(self, ptx) -> list[np.ndarray]:
-        """The outputs, as bytes [n, itemsize] so that all bits count. SimError with the interpreter's sentence."""
+        """The outputs, as flat arrays of bytes so that all bits count. SimError with the interpreter's sentence."""
         made = [np.full(max(1, int(np.prod(shape)) * dtype.itemsize), POISON, np.uint8) for shape, dtype in self.outputs]
         inputs = list(self.inputs)
         for i, o in self.aliases:

@@ -98,7 +98,7 @@ Step arrive(Ctx& c, const Instr& in) {
   const bool operand = in.a & 5;
   Watch* watch = watch_of(*c.cta);
   const auto release = [&](uint32_t lanes, Mbarrier& b) { in.a & 8 ? watch->release_relaxed(*c.warp, b.next) : watch->release(*c.warp, lanes, b.next); };
-  bool together = watch != nullptr;  // all lanes arrive in the same phase of the same barrier
+  bool together = watch && !(in.a & 4);  // all lanes arrive, once each, in the same phase of the same barrier
   const uint64_t first = barrier_at(c, in, operand ? 2 : 1, __builtin_ctz(c.mask));
   for (int l = 0; l < 32; ++l) together = together && (!(c.mask >> l & 1) || barrier_at(c, in, operand ? 2 : 1, l) == first);
   if (together) {
