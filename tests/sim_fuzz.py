@@ -228,7 +228,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=10000, help="mutants (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="number of the first one (default: %(default)s)")
-    parser.add_argument("--keep", type=Path, help="write the first mutant's PTX here instead of running it")
+    parser.add_argument("--keep", type=Path, help="run the first mutant in this process and leave its PTX here")
     parser.add_argument("--sanitize", action="store_true", help="with the interpreter built for the address and undefined behaviour sanitizers")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
