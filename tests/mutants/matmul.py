@@ -69,7 +69,7 @@ MUTANTS = [
         ("the global scale of w is left out", "DSV4_D float scaled(uint32_t sum, float x_global, float w_global) { return bits_float(sum) * x_global * w_global; }", "DSV4_D float scaled(uint32_t sum, float x_global, float w_global) { return bits_float(sum) * x_global; }", "matmul one"),
         ("the global scale of the first row for all", "const float x_global = row < p.rows ? p.x_global[row * p.x_global_stride] : 0.0f;", "const float x_global = row < p.rows ? p.x_global[0] : 0.0f;", "matmul one"),
         ("bf16: the second half of a box is the first", "load_tensor_32(high, from + 32);", "load_tensor_32(high, from);", "matmul pair"),
-        # Not found (ffi_kernels/sim/README.md, Mutants): what the ISA does not promise and every known kernel relies on.
+        # Not found: ffi_kernels/sim/README.md, How far it can be trusted, says why.
         ("stages of the ring share columns of scale factors", "at.slot * kStageColumns, w_scales", "at.slot * kStageColumns / 2, w_scales", "matmul one"),
         ("a CTA of a pair ends before the last commits have arrived", "  for (int i = 0; i < L::kStages; ++i, at.advance()) mbarrier_wait", "  for (int i = 0; i < 0; ++i, at.advance()) mbarrier_wait", "matmul pair"),
         ("missing fence::after_thread_sync before products", "mbarrier_wait(shared + L::kFull + 8 * at.slot, at.parity);\n      tensor_fence_after();", "mbarrier_wait(shared + L::kFull + 8 * at.slot, at.parity);", "matmul one"),
