@@ -22,11 +22,14 @@ import numpy as np
 import sim_record
 from sim_draws import Draws
 
+from ffi_kernels import library as native
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIM = ROOT / "ffi_kernels" / "sim"
 NATIVE = ROOT / "ffi_kernels" / "native"
 KERNELS = ROOT / "tests" / "ffi_kernels" / "sim_kernels"
 ON_DEVICE = os.environ.get("DSV4_SIM_TESTS") == "device"  # see sim_device.py
+SANITIZED = os.environ.get("DSV4_SIM_SANITIZED") == "1"  # the interpreter with the address and undefined behaviour sanitizers: sim_fuzz.py
 CACHE = pathlib.Path(tempfile.gettempdir()) / "dsv4_sim_tests"
 
 
@@ -51,13 +54,19 @@ def _compile(target: pathlib.Path, command: list[str]) -> pathlib.Path:
     return target
 
 
-def _built(newest: float) -> ctypes.CDLL | None:
-    """The FFI library of `python -m ffi_kernels.build`, if it is newer than the interpreter's sources and holds it."""
-    path = pathlib.Path(os.environ.get("DSV4_NATIVE", ROOT / "build" / "native")) / "libdsv4.so"
-    if path.is_file() and path.stat().st_mtime > newest:
-        lib = ctypes.CDLL(str(path))
-        return lib if hasattr(lib, "dsv4_sim_run") else None
-    return None
+def _state(files) -> str:
+    """What the build writes into the library as the state of these sources (native/CMakeLists.txt)."""
+    return hashlib.sha1(";".join(hashlib.sha1(f.read_bytes()).hexdigest() for f in files).encode()).hexdigest()
+
+
+def _built(state: str) -> ctypes.CDLL | None:
+    """The FFI library, of this checkout or installed, if it holds the interpreter in this state."""
+    where = native.directory()
+    lib = where and ctypes.CDLL(str(where / "libdsv4.so"))
+    if not hasattr(lib, "dsv4_sim_sources"):
+        return None
+    lib.dsv4_sim_sources.restype = ctypes.c_char_p
+    return lib if lib.dsv4_sim_sources().decode() == state else None
 
 
 @functools.cache
@@ -65,14 +74,16 @@ def library() -> ctypes.CDLL:
     """The interpreter: out of the FFI library where that is up to date, else alone, compiled once per state of its sources."""
     sources = sorted([*SIM.glob("*.cpp"), NATIVE / "ffi" / "images.cpp"])
     headers = sorted([*SIM.glob("*.h"), NATIVE / "include" / "launch.h"])
-    lib = _built(max(f.stat().st_mtime for f in (*sources, *headers))) or _alone(sources, headers)
+    lib = not SANITIZED and _built(_state(sorted([*SIM.glob("*.cpp"), *SIM.glob("*.h")]))) or _alone(sources, headers)
+    lib.dsv4_sim_instructions.restype = ctypes.c_uint64
     lib.dsv4_sim_run.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_char_p, ctypes.c_size_t,
                                  ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t]
     return lib
 
 
 def _alone(sources, headers) -> ctypes.CDLL:
-    flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", f"-I{NATIVE / 'include'}", f"-I{SIM}"]
+    sanitizers = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if SANITIZED else []
+    flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", *sanitizers, f"-I{NATIVE / 'include'}", f"-I{SIM}"]
     common = hashlib.sha1(b"".join(f.read_bytes() for f in headers) + " ".join(flags).encode())
     digest = common.copy()
 
@@ -85,7 +96,7 @@ def _alone(sources, headers) -> ctypes.CDLL:
         objects = list(pool.map(compiled, sources))
     for source in sources:
         digest.update(source.read_bytes())
-    return ctypes.CDLL(str(_compile(CACHE / f"libsim-{digest.hexdigest()[:16]}.so", ["g++", "-shared", *map(str, objects)])))
+    return ctypes.CDLL(str(_compile(CACHE / f"libsim-{digest.hexdigest()[:16]}.so", ["g++", "-shared", *sanitizers, *map(str, objects)])))
 
 
 _SOURCES: dict[pathlib.Path, pathlib.Path] = {}  # PTX for sm_90a -> the .cu file it was made of

@@ -123,7 +123,7 @@ uint8_t* resolve(Ctx& c, Space space, uint64_t address, uint64_t bytes, uint64_t
   fail("an address of no state space");
 }
 
-void touch_memory(Ctx& c, const Instr& in, Space space, uint64_t address, uint64_t bytes, Touch kind, int lane, const void* value) {
+void touch_memory(Ctx& c, const Instr& in, Space space, uint64_t address, uint64_t bytes, Touch kind, Lanes who, const void* value) {
   if (space == Space::global || (space == Space::generic && !(address & kWindowMask))) {
     if (c.machine->global_watch) c.machine->global_watch->touch(c, in, address, static_cast<uint32_t>(bytes), kind, value);
     return;
@@ -133,7 +133,7 @@ void touch_memory(Ctx& c, const Instr& in, Space space, uint64_t address, uint64
     address &= ~kWindowMask;
   } else if (space != Space::shared && space != Space::cluster) return;
   note(c, in);
-  watch_of(*c.cta)->touch(c, cta_of(c, address), static_cast<uint32_t>(address & 0xFFFFFF) - kSharedBase, static_cast<uint32_t>(bytes), kind, lane);
+  watch_of(*c.cta)->touch(c, cta_of(c, address), static_cast<uint32_t>(address & 0xFFFFFF) - kSharedBase, static_cast<uint32_t>(bytes), kind, who);
 }
 
 }  // namespace dsv4::sim

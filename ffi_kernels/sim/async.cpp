@@ -9,12 +9,22 @@ namespace {
 Step copy(Ctx& c, const Instr& in) {
   const int64_t source_offset = *static_cast<const int64_t*>(in.extra);
   const uint32_t ignored = in.b & 2 ? pred(c, in, 2) : 0;
-  struct One { uint8_t* to; const uint8_t* from; uint32_t bytes; };
-  std::vector<One> copies;
-  auto job = std::make_shared<JobState>();
+  struct Copies {
+    struct { uint8_t* to; const uint8_t* from; uint32_t bytes; } of[32];
+    int count = 0;
+    uint32_t size;
+    void run() const {
+      for (int i = 0; i < count; ++i) {
+        if (of[i].bytes) std::memcpy(of[i].to, of[i].from, of[i].bytes);
+        std::memset(of[i].to + of[i].bytes, 0, size - of[i].bytes);
+      }
+    }
+  } copies;
+  JobEntity entity;
   Watch* watch = watch_of(*c.cta);
-  if (watch) { note(c, in); job->entity = watch->begin(c); }
-  const uint32_t size = in.a;
+  note(c, in);
+  if (watch) entity = watch->copies(c);
+  const uint32_t size = copies.size = in.a;
   for (int l = 0; l < 32; ++l) {
     if (!(c.mask >> l & 1)) continue;
     uint64_t to = address(c, in, 0, in.c & 1, l) + static_cast<uint64_t>(in.imm);
@@ -24,29 +34,34 @@ Step copy(Ctx& c, const Instr& in) {
     if (ignored >> l & 1) n = 0;
     if (n > size) fail("copies %u source bytes into %u", n, size);
     uint8_t* p = shared_at(c, shared_offset(to), size, size, Access::write, Space::shared);
-    if (watch) watch->job_touch(c, job->entity, *c.cta, (shared_offset(to) & 0xFFFFFF) - kSharedBase, size, true, false);
-    if (watch && n) touch_memory(c, in, Space::global, from, n, Touch::read, l);
-    copies.push_back({p, n ? resolve(c, Space::global, from, n, size, Access::read, l) : nullptr, n});
+    if (watch) watch->job_touch(c, entity, *c.cta, (shared_offset(to) & 0xFFFFFF) - kSharedBase, size, true, false, 1u << l);
+    if (watch && n) touch_memory(c, in, Space::global, from, n, Touch::read, Lanes::one(l));
+    copies.of[copies.count++] = {p, n ? resolve(c, Space::global, from, n, size, Access::read, l) : nullptr, n};
   }
-  add_to_group(c, job, c.mask, false);
-  submit(c, job, [copies = std::move(copies), size](Ctx&) {
-    for (const One& x : copies) {
-      if (x.bytes) std::memcpy(x.to, x.from, x.bytes);
-      std::memset(x.to + x.bytes, 0, size - x.bytes);
-    }
-  });
+  if (eager(c)) {
+    copies.run();
+    c.warp->copies.open.push_back({nullptr, entity, c.mask});
+  } else {
+    auto job = std::make_shared<JobState>();
+    job->entity = entity;
+    c.warp->copies.open.push_back({job, entity, c.mask});
+    submit(c, job, [copies](Ctx&) { copies.run(); });
+  }
   c.machine->progress = c.machine->instructions;
   return Step::next;
 }
-Step commit(Ctx& c, const Instr&) { commit_group(c, false); return Step::next; }
-Step wait(Ctx& c, const Instr& in) { return wait_groups(c, in.a, false); }
-Step wait_all(Ctx& c, const Instr&) {
-  for (int l = 0; l < 32; ++l) {
-    if (!(c.mask >> l & 1)) continue;
-    Groups& g = c.warp->copies[l];
-    if (!g.open.empty()) { g.committed.push_back(std::move(g.open)); g.open.clear(); }
-  }
-  return wait_groups(c, 0, false);
+const char kWhy[] = "its groups of asynchronous copies";
+Step commit(Ctx& c, const Instr&) {
+  if (Watch* watch = watch_of(*c.cta)) watch->close_copies(*c.warp);
+  commit_group(c, c.warp->copies);
+  return Step::next;
+}
+Step wait(Ctx& c, const Instr& in) { return wait_groups(c, c.warp->copies, in.a, kWhy); }
+Step wait_all(Ctx& c, const Instr& in) {
+  uint32_t open = 0;
+  for (const Groups::Member& m : c.warp->copies.open) open |= m.lanes;
+  if (open & c.mask) commit(c, in);
+  return wait_groups(c, c.warp->copies, 0, kWhy);
 }
 // The arrival comes when all earlier copies of the lane are done. in.a: noinc
 Step arrive(Ctx& c, const Instr& in) {
@@ -56,15 +71,21 @@ Step arrive(Ctx& c, const Instr& in) {
     if (!(in.c & 1)) at = static_cast<uint32_t>(at);
     Mbarrier* b = &mbarrier_at(c, at, Space::shared);
     if (!in.a) ++b->pending;
-    JobList before = c.warp->copies[l].open;
-    for (const JobList& g : c.warp->copies[l].committed) before.insert(before.end(), g.begin(), g.end());
-    const bool watched = watch_of(*c.cta) != nullptr;
+    std::vector<Groups::Member> before;
+    const auto add = [&](const std::vector<Groups::Member>& members) {
+      for (const Groups::Member& m : members) if (m.lanes >> l & 1) before.push_back(m);
+    };
+    for (const Groups::Group& g : c.warp->copies.committed) if (g.lanes >> l & 1) add(g.members);
+    add(c.warp->copies.open);
+    Watch* watch = watch_of(*c.cta);
+    if (watch) watch->close_copies(*c.warp);
+    const bool watched = watch != nullptr;
     const auto ready = [before] {
-      for (const auto& job : before) if (!job->done) return false;
+      for (const Groups::Member& m : before) if (m.job && !m.job->done) return false;
       return true;
     };
     submit(c, std::make_shared<JobState>(), [b, before, watched](Ctx& later) {
-      if (watched) for (const auto& job : before) Watch::release_job(b->next, job->entity);
+      if (watched) for (const Groups::Member& m : before) Watch::release_job(b->next, m.entity);
       mbarrier_arrive(*later.machine, *b, 1);
     }, ready);
   }

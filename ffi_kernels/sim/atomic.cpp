@@ -92,7 +92,7 @@ Step atomic(Ctx& c, const Instr& in) {
     uint64_t a = address(c, in, at, in.c & 1, l) + static_cast<uint64_t>(in.imm);
     if (!(in.c & 1)) a = static_cast<uint32_t>(a);
     uint8_t* p = resolve(c, f.space, a, size * static_cast<uint64_t>(n), size * static_cast<uint64_t>(n), Access::both, l);
-    if (watch) touch_memory(c, in, f.space, a, size * static_cast<uint64_t>(n), Touch::atomic, l);
+    if (watch) touch_memory(c, in, f.space, a, size * static_cast<uint64_t>(n), Touch::atomic, Lanes::one(l));
     const bool global = f.space == Space::global || (f.space == Space::generic && !(a & kWindowMask));
     for (int v = 0; v < n; ++v) {
       uint64_t old = 0;

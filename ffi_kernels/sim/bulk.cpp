@@ -33,9 +33,9 @@ void out(Ctx& c, const Instr& in, const Bulk& k, int l, uint64_t to, uint64_t fr
   auto job = std::make_shared<JobState>();
   if (Watch* watch = watch_of(*c.cta)) {
     job->entity = watch->begin(c);
-    watch->job_touch(c, job->entity, *c.cta, (at & 0xFFFFFF) - kSharedBase, size, false, true);
+    watch->job_touch(c, job->entity, *c.cta, (at & 0xFFFFFF) - kSharedBase, size, false, true, 1u << l);
   }
-  add_to_group(c, job, 1u << l, true);
+  c.warp->bulk.open.push_back({job, job->entity, 1u << l});
   const uint32_t mask = k.masked ? src<uint32_t>(c, in, 3)[l] : 0xFFFF;
   submit(c, job, [s, g, size, mask, &k](Ctx&) {
     if (k.masked) {
@@ -63,7 +63,7 @@ Step copy(Ctx& c, const Instr& in) {
     if (k.way == Bulk::global_to_shared) s = size ? resolve(c, Space::global, from, size, 16, Access::read, l) : nullptr;
     else {
       s = shared_at(c, shared_offset(from), size, 16, Access::read, Space::shared);
-      if (watch) watch->job_touch(c, job->entity, *c.cta, (shared_offset(from) & 0xFFFFFF) - kSharedBase, size, false, true);
+      if (watch) watch->job_touch(c, job->entity, *c.cta, (shared_offset(from) & 0xFFFFFF) - kSharedBase, size, false, true, 1u << l);
     }
     const Space target = k.cluster_target ? Space::cluster : Space::shared;
     std::vector<Target> targets;
@@ -72,7 +72,7 @@ Step copy(Ctx& c, const Instr& in) {
       Mbarrier& b = mbarrier_at(c, signal, target);
       if (watch) {
         if (!b.fenced) fail("hazard in shared memory: a bulk copy signals the mbarrier at shared address 0x%x, whose mbarrier.init was not followed by fence.mbarrier_init or fence.proxy.async", signal);
-        watch->job_touch(c, job->entity, cta_of(c, at), (at & 0xFFFFFF) - kSharedBase, size, true, true);
+        watch->job_touch(c, job->entity, cta_of(c, at), (at & 0xFFFFFF) - kSharedBase, size, true, true, 1u << l);
       }
       targets.push_back({p, &b});
     };
@@ -99,8 +99,8 @@ Step copy(Ctx& c, const Instr& in) {
   c.machine->progress = c.machine->instructions;
   return Step::next;
 }
-Step commit(Ctx& c, const Instr&) { commit_group(c, true); return Step::next; }
-Step wait(Ctx& c, const Instr& in) { return wait_groups(c, in.a, true); }
+Step commit(Ctx& c, const Instr&) { commit_group(c, c.warp->bulk); return Step::next; }
+Step wait(Ctx& c, const Instr& in) { return wait_groups(c, c.warp->bulk, in.a, "its groups of bulk copies"); }
 Step nothing(Ctx&, const Instr&) { return Step::next; }
 }  // namespace
 

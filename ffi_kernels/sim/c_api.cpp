@@ -2,7 +2,12 @@
 #include <algorithm>
 
 #include "launch.h"
+#include "machine.h"
 #include "tensor_map.h"
+
+#ifndef DSV4_SIM_SOURCES
+#define DSV4_SIM_SOURCES ""
+#endif
 
 namespace {
 // dims: grid, block, cluster; buffers: address, bytes, writable for each
@@ -43,3 +48,9 @@ extern "C" __attribute__((visibility("default"))) int dsv4_sim_encode_tiled(void
   keep(text, error, error_bytes);
   return text.empty() ? 0 : 1;
 }
+
+// Warp instructions of the last launch of this thread.
+extern "C" __attribute__((visibility("default"))) uint64_t dsv4_sim_instructions() { return dsv4::sim::last_instructions; }
+
+// The state of the interpreter's sources, as native/CMakeLists.txt digests them.
+extern "C" __attribute__((visibility("default"))) const char* dsv4_sim_sources() { return DSV4_SIM_SOURCES; }

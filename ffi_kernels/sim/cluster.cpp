@@ -19,9 +19,9 @@ Step arrive(Ctx& c, const Instr& in) {
     ++cluster.arrived;
   }
   c.machine->progress = c.machine->instructions;
-  if (cluster.watch) in.b && c.machine->options.strict ? cluster.watch->release_relaxed(*c.warp, cluster.next) : cluster.watch->release(*c.warp, cluster.next);
+  if (cluster.watch) in.b && c.machine->options.strict ? cluster.watch->release_relaxed(*c.warp, cluster.next) : cluster.watch->release(*c.warp, c.mask, cluster.next);
   if (cluster.arrived == cluster.live_threads) {
-    cluster.done = cluster.next;
+    std::swap(cluster.done, cluster.next);
     cluster.next.clear();
     cluster.arrived = 0;
     ++cluster.generation;
@@ -47,7 +47,7 @@ Step wait(Ctx& c, const Instr& in) {
     return Step::block;
   }
   for (int l = 0; l < 32; ++l) if (c.mask >> l & 1) c.warp->cluster_token[l] = 0;
-  if (Watch* watch = watch_of(*c.cta)) watch->acquire(*c.warp, c.cta->cluster->done);
+  if (Watch* watch = watch_of(*c.cta)) watch->acquire(*c.warp, c.mask, c.cta->cluster->done);
   return Step::next;
 }
 
@@ -97,12 +97,14 @@ Step remote(Ctx& c, const Instr& in) {
     One one{shared_at(c, to, bytes, bytes, k.reduce ? Access::both : Access::write, Space::cluster), &mbarrier_at(c, signal, Space::cluster), {}};
     if (watch) {
       // The order of reductions does not matter: only the first of them must come after what stood there before.
-      if (!k.reduce) watch->job_touch(c, job->entity, cta_of(c, to), (to & 0xFFFFFF) - kSharedBase, bytes, true, true);
+      if (!k.reduce) watch->job_touch(c, job->entity, cta_of(c, to), (to & 0xFFFFFF) - kSharedBase, bytes, true, true, 1u << l);
     }
     for (int v = 0; v < n; ++v) one.value[v] = size == 8 ? src<uint64_t>(c, in, v)[l] : src<uint32_t>(c, in, v)[l];
     stores.push_back(one);
   }
-  submit(c, job, [stores = std::move(stores), &k, size, n, entity = job->entity, watched = watch != nullptr](Ctx& later) {
+  Order learned;  // whoever waits for the stores comes after what their issuer had waited for
+  if (watch) watch->tell(*c.warp, c.mask, learned);
+  submit(c, job, [stores = std::move(stores), &k, size, n, entity = job->entity, watched = watch != nullptr, learned = std::move(learned)](Ctx& later) {
     for (const One& s : stores) {
       for (int v = 0; v < n; ++v) {
         uint64_t x = s.value[v];
@@ -114,7 +116,10 @@ Step remote(Ctx& c, const Instr& in) {
         }
         std::memcpy(p, &x, size);
       }
-      if (watched) Watch::release_job(s.signal->next, entity);
+      if (watched) {
+        Watch::release_job(s.signal->next, entity);
+        s.signal->next.join(learned);
+      }
       mbarrier_tx(*later.machine, *s.signal, -static_cast<int64_t>(size) * n);
     }
   });
@@ -168,7 +173,7 @@ Step try_cancel(Ctx& c, const Instr& in) {  // slots: address, barrier
       if (!c.cta->cluster->ctas[r]->live_threads) fail("CTA %u of the cluster has ended; the answer is sent to all of them", r);
       const uint32_t at = (to & 0xFFFFFF) | r << 24;
       targets.push_back({shared_at(c, at, 16, 16, Access::write, Space::cluster), &mbarrier_at(c, (signal & 0xFFFFFF) | r << 24, Space::cluster)});
-      if (watch) watch->job_touch(c, job->entity, cta_of(c, at), (at & 0xFFFFFF) - kSharedBase, 16, true, true);
+      if (watch) watch->job_touch(c, job->entity, cta_of(c, at), (at & 0xFFFFFF) - kSharedBase, 16, true, true, 1u << l);
     }
     submit(c, job, [targets = std::move(targets), entity = job->entity, watched = watch != nullptr](Ctx& later) {
       Machine& m = *later.machine;

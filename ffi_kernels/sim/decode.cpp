@@ -329,6 +329,12 @@ void decode_module(Module& m) {
     }
   }
   for (auto& [name, f] : m.functions) {
+    for (Raw& raw : f->statements) {
+      raw.id = static_cast<uint32_t>(m.statements.size());
+      m.statements.push_back(&raw);
+    }
+  }
+  for (auto& [name, f] : m.functions) {
     std::set<const Function*> open;
     f->local_chain = chain(*f, open) + 16;
   }

@@ -21,9 +21,8 @@ struct Bf16 { uint16_t bits; };
 inline float value_of(Half h) {
   const uint32_t magnitude = uint32_t(h.bits & 0x7FFF) << 13, sign = uint32_t(h.bits & 0x8000) << 16;
   const float scaled = bit_cast<float>(magnitude) * bit_cast<float>(uint32_t{0x77800000});  // 2^112 mends the bias, subnormals too
-  const uint32_t special = 0x7F800000 | magnitude;
-  const uint32_t u = (h.bits & 0x7C00) == 0x7C00 ? special : bit_cast<uint32_t>(scaled);
-  return bit_cast<float>(u | sign);
+  const uint32_t special = uint32_t{0} - uint32_t{(h.bits & 0x7C00) == 0x7C00};  // as a mask: a branch would keep loops from vectors
+  return bit_cast<float>((special & (0x7F800000 | magnitude)) | (~special & bit_cast<uint32_t>(scaled)) | sign);
 }
 inline float value_of(Bf16 h) { return bit_cast<float>(uint32_t{h.bits} << 16); }
 template <class T> inline T value_of(T v) { return v; }

@@ -1,4 +1,4 @@
-// The happens-before check: see hazards.h.
+// The happens-before check, accesses: see hazards.h. What orders them: happens_before.cpp.
 #include "hazards.h"
 
 #include <algorithm>
@@ -7,126 +7,192 @@
 
 namespace dsv4::sim {
 
+
 Watch::Watch(uint32_t ctas, uint32_t warps_per_cta, uint32_t words, bool strict)
-    : warps_(warps_per_cta), words_(words), strict_(strict), threads_(ctas * warps_per_cta), cells_(ctas), remote_(ctas), gone_(ctas) {
-  for (uint32_t e = 0; e < threads_.size(); ++e) threads_[e].order.seen.raise(e, 2);
-}
+    : warps_(warps_per_cta), words_(words), strict_(strict), threads_(ctas * warps_per_cta), cells_(ctas), remote_(ctas), gone_(ctas) {}
 
 uint32_t Watch::entity_of(const Warp& w) const { return w.cta->rank * warps_ + w.id; }
 
 std::string Watch::name(uint32_t e) const {
-  if (e < threads_.size()) return text_of("warp %u of CTA %u of the cluster", e % warps_, e / warps_);
-  return "an asynchronous operation (" + job_name_[e - threads_.size()] + ")";
+  const auto count = static_cast<uint32_t>(threads_.size());
+  const auto warp = [&](uint32_t w) { return text_of("warp %u of CTA %u of the cluster", w % warps_, w / warps_); };
+  if (e < count) return warp(e);
+  return "an asynchronous operation (issued by " + warp(e < 2 * count ? e - count : job_maker_[e - 2 * count]) + ")";
 }
 
-Cell& Watch::cell(const Cta& cta, uint32_t word) {
-  auto& cells = cells_[cta.rank];
-  if (cells.empty()) cells.resize(words_);
-  if (word >= cells.size()) cells.resize(words_ + 4 * 512);
-  return cells[word];
+Watch::Cells& Watch::cells(const Cta& cta, uint32_t end) {
+  Cells& all = cells_[cta.rank];
+  if (end > all.count) {  // tensor memory comes when it is used
+    const uint32_t count = end <= words_ ? words_ : words_ + 4 * 512;
+    Block larger(count * sizeof(Cell)), chains(count * sizeof(int32_t));
+    if (all.count) {
+      std::memcpy(larger.data(), all.storage.data(), all.count * sizeof(Cell));
+      std::memcpy(chains.data(), all.chains.data(), all.count * sizeof(int32_t));
+    }
+    std::memset(larger.data() + all.count * sizeof(Cell), 0, (count - all.count) * sizeof(Cell));
+    all.storage = std::move(larger);
+    all.chains = std::move(chains);
+    all.count = count;
+  }
+  return all;
 }
 
-void Watch::hazard(Ctx& c, const Cta& cta, uint32_t offset, uint32_t bytes, const char* what, const Mark& before, const char* did, const char* why) {
-  const Module& module = c.machine->module;
+const Raw* Watch::statement(const Ctx& c, const Mark& m) const { return c.machine->module.statements[m.statement]; }
+
+void Watch::hazard(Ctx& c, const Cta& cta, uint32_t offset, uint64_t bytes, const char* what, const Mark& m, const char* did) {
+  const uint32_t e = m.entity - 1u, self = entity_of(*c.warp);
+  const auto count = static_cast<uint32_t>(threads_.size());
+  bool waited = true;  // for its end
+  uint32_t maker = e;
+  if (e >= count && e < 2 * count) {
+    maker = e - count;
+    waited = threads_[maker].waits[__builtin_ctz(m.lanes)].first(m.clock) > 0;
+  } else if (e >= count) waited = false;
+  const char* why = !waited ? ", and whose end has not been waited for" : maker == self ? ", another lane of the same warp, with no bar.warp.sync between" : ", with no synchronisation between";
+  const Raw* raw = statement(c, m);
+  const std::string before = name(e) + " " + did + text_of(" at PTX line %u (", raw ? raw->line : 0) + (raw ? source_of(c.machine->module, *raw) + ": '" + show(*raw) : "?: '?") + "')" + why;
   if (offset >= tensor_base()) {
     const uint32_t at = (offset - tensor_base()) / 4;
-    fail("hazard in tensor memory: %s columns from %u, lanes %u to %u of CTA %u, which %s %s at PTX line %u (%s: '%s')%s", what, at % 512, at / 512 * 32, at / 512 * 32 + 31, cta.rank,
-         name(before.entity - 1u).c_str(), did, before.raw ? before.raw->line : 0, before.raw ? source_of(module, *before.raw).c_str() : "?",
-         before.raw ? show(*before.raw).c_str() : "?", why);
+    fail("hazard in tensor memory: %s columns from %u, lanes %u to %u of CTA %u, which %s", what, at % 512, at / 512 * 32, at / 512 * 32 + 31, cta.rank, before.c_str());
   }
-  fail("hazard in shared memory: %s %u bytes at offset 0x%x of CTA %u's shared memory, which %s %s at PTX line %u (%s: '%s')%s", what, bytes, offset, cta.rank,
-       name(before.entity - 1u).c_str(), did, before.raw ? before.raw->line : 0, before.raw ? source_of(module, *before.raw).c_str() : "?",
-       before.raw ? show(*before.raw).c_str() : "?", why);
+  fail("hazard in shared memory: %s %llu bytes at offset 0x%x of CTA %u's shared memory, which %s", what, (unsigned long long)bytes, offset, cta.rank, before.c_str());
 }
 
-bool Watch::initialised(Warp& w, uint32_t entity, uint32_t clock) const {
-  const uint32_t self = entity_of(w);
-  return entity == self || threads_[self].order.inits.at(entity) >= clock;
+// Whether an access lies before what `who` of the warp does now.
+bool Watch::before(const Thread& me, uint32_t self, const Mark& m, Lanes who, bool was_read) const {
+  uint32_t e = m.entity - 1u, clock = m.clock, left = m.lanes;
+  if (me.order.seen.at(e) >= clock) return true;
+  const auto count = static_cast<uint32_t>(threads_.size());
+  if (e >= count && e < 2 * count) {  // a copy counts as a write of the lane that waited for it, at the first such wait
+    for (const Partial& p : me.partial) if (p.lanes & who.lanes && p.order.seen.at(e) >= clock) return true;
+    e -= count;
+    const Waits& waits = threads_[e].waits[__builtin_ctz(left)];
+    if (waits.forgotten >= clock) return true;
+    if (!(clock = waits.first(clock))) return false;
+  }
+  if (e == self) {
+    if (!strict_ || (m.mixed && who.part && m.lanes & who.own)) return true;
+    left &= ~who.own;
+    if (!left || (was_read && clock <= me.reads)) return true;
+  }
+  const auto knows = [&](const Order& o) { return !o.seen.unknown(e, clock, left) || (was_read && o.reads.at(e) >= clock); };
+  if (knows(me.order)) return true;
+  uint32_t ignorant = who.lanes;
+  for (const Partial& p : me.partial) if (p.lanes & ignorant && knows(p.order)) ignorant &= ~p.lanes;
+  return !ignorant;
 }
 
-void Watch::reach(Ctx& c, const Cta& cta, uint32_t entity, uint32_t clock, const char* what) {
-  const Clock& inits = threads_[entity_of(*c.warp)].order.inits;
-  bool started = false;
-  for (uint32_t w = 0; w < warps_ && !started; ++w) started = inits.at(cta.rank * warps_ + w) > 0;
+void Watch::reach(Ctx& c, const Cta& cta, uint32_t entity, uint32_t clock, uint32_t lanes, const char* what) {
+  const Thread& me = threads_[entity_of(*c.warp)];
+  const auto knows = [&](const Order& o) {
+    for (uint32_t w = 0; w < warps_; ++w) if (o.inits.at(cta.rank * warps_ + w) > 0) return true;
+    return false;
+  };
+  bool started = knows(me.order);
+  for (const Partial& p : me.partial) started = started || knows(p.order);
   if (!started) {
     fail("hazard in shared memory: %s CTA %u's shared memory that is not ordered after the start of that CTA (a barrier of the cluster is missing)", what, cta.rank);
   }
-  remote_[cta.rank][entity] = {c.statement, clock};
+  remote_[cta.rank][entity] = {c.statement, clock, lanes};
 }
 
-void Watch::remote_arrival(Ctx& c, Cta& cta, Order& into) {
-  const JobEntity arrival = begin(c);
-  reach(c, cta, arrival.entity, arrival.clock, "an arrival in");
-  threads_[entity_of(*c.warp)].order.seen.raise(arrival.entity, arrival.clock);
-  into.seen.raise(arrival.entity, arrival.clock);
-  finish(arrival);
+void Watch::forget_readers(Cells& all, uint32_t word) {
+  Cell& x = all.at(word);
+  for (int32_t i = x.read.more ? all.more(word) : -1; i >= 0;) {
+    Reader& r = readers_[static_cast<size_t>(i)];
+    const int32_t next = r.next;
+    r.next = spare_reader_;
+    spare_reader_ = i;
+    i = next;
+  }
+  x.read = Mark();
 }
 
-void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind, int lane) {
+// Beside the first one. Earlier reads of the same entity make room where they lie before: of the same lanes, or up to a clock.
+void Watch::add_reader(Cells& all, uint32_t word, const Mark& mark, uint32_t superseded) {
+  Cell& x = all.at(word);
+  const int32_t first = x.read.more ? all.more(word) : -1;
+  int own = 0;
+  for (int32_t i = first; i >= 0; i = readers_[static_cast<size_t>(i)].next) {
+    Mark& m = readers_[static_cast<size_t>(i)].mark;
+    if (m.entity != mark.entity) continue;
+    const bool same = m.clock == mark.clock;
+    if (!same && m.clock > superseded && m.lanes & ~mark.lanes && ++own < 4) continue;
+    Mark joined = mark;
+    if (same || own == 4) joined.join(m);
+    if (own == 4) joined.clock = std::min(m.clock, mark.clock);
+    m = joined;
+    return;
+  }
+  int32_t i = spare_reader_;
+  if (i >= 0) spare_reader_ = readers_[static_cast<size_t>(i)].next;
+  else {
+    i = static_cast<int32_t>(readers_.size());
+    readers_.emplace_back();
+  }
+  readers_[static_cast<size_t>(i)] = {mark, first};
+  all.more(word) = i;
+  x.read.more = 1;
+}
+
+// A read of these bytes by another entity than `except` that does not lie before; null if there is none.
+const Mark* Watch::unordered_reader(const Cells& all, uint32_t word, const Mark& by, const Thread& me, uint32_t self, Lanes who, uint16_t except) const {
+  const auto unordered = [&](const Mark& m) {
+    return m.entity && m.entity != except && m.bytes & by.bytes && !(by.strong && m.strong) && !before(me, self, m, who, true);
+  };
+  const Mark& first = all.at(word).read;
+  if (unordered(first)) return &first;
+  for (int32_t i = first.more ? all.more(word) : -1; i >= 0;) {
+    const Reader& r = readers_[static_cast<size_t>(i)];
+    if (unordered(r.mark)) return &r.mark;
+    i = r.next;
+  }
+  return nullptr;
+}
+
+void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind, Lanes who) {
   const uint32_t self = entity_of(*c.warp);
   Thread& me = threads_[self];
-  const Raw* raw = c.statement;
   const bool write = kind == Touch::write || kind == Touch::strong_write || kind == Touch::atomic;
   const bool strong = kind != Touch::read && kind != Touch::write;
-  if (&cta != c.cta) reach(c, cta, self, me.clock, "an access of");
-  const auto before = [&](const Mark& m) { return m.entity - 1u == self || me.order.seen.at(m.entity - 1u) >= m.clock; };
+  Mark mark;
+  mark.statement = c.statement->id;
+  mark.clock = now(me);
+  mark.entity = static_cast<uint16_t>(self + 1);
+  mark.strong = strong;
+  if (&cta != c.cta) reach(c, cta, self, mark.clock, who.lanes, "an access of");
+  Cells& all = cells(cta, (offset + bytes + 3) / 4);
   for (uint32_t b = offset; b < offset + bytes;) {
     const uint32_t word = b / 4, end = std::min(offset + bytes, (word + 1) * 4);
-    const auto mask = static_cast<uint8_t>(((1u << (end - b)) - 1) << (b % 4));
-    Cell& x = cell(cta, word);
-    const auto conflicts = [&](const Mark& m) {
-      if (!m.entity || !(m.bytes & mask) || (strong && m.strong)) return false;
-      if (!before(m)) return true;
-      return strict_ && m.entity - 1u == self && m.lane != lane && m.sync == me.sync && m.raw != raw;
-    };
-    const auto why = [&](const Mark& m) {
-      return m.entity - 1u == self ? ", another lane of the same warp, with no bar.warp.sync between" : m.entity > threads_.size() ? ", and whose end has not been waited for" : ", with no synchronisation between";
-    };
-    if (x.write.entity && conflicts(x.write) && !(write && x.write.entity - 1u == self)) hazard(c, cta, offset, bytes, write ? "writes" : "reads", x.write, "writes", why(x.write));
-    if (write) {
-      if (x.read.entity && conflicts(x.read)) hazard(c, cta, offset, bytes, "writes", x.read, "reads", why(x.read));
-      if (x.more >= 0) {
-        for (const Mark& m : readers_[static_cast<size_t>(x.more)]) if (conflicts(m)) hazard(c, cta, offset, bytes, "writes", m, "reads", why(m));
-      }
-    }
-    Mark mark;
-    mark.raw = raw;
-    mark.clock = me.clock;
-    mark.sync = me.sync;
-    mark.entity = static_cast<uint16_t>(self + 1);
-    mark.lane = static_cast<uint8_t>(lane);
-    mark.bytes = mask & 15;
-    mark.strong = strong;
-    if (write) {
-      if (x.write.entity == mark.entity && x.write.clock == mark.clock && x.write.sync == mark.sync && x.write.raw == raw && x.write.lane != mark.lane && x.write.bytes & mask) mark.lane = 32;
-      x.write = mark;
-      if (mask == 15) {
-        x.read = Mark();
-        if (x.more >= 0) { readers_[static_cast<size_t>(x.more)].clear(); spare_readers_.push_back(x.more); x.more = -1; }
-      }
-    } else if (!x.read.entity || x.read.entity == mark.entity || (before(x.read) && x.more < 0)) {
-      if (x.read.entity == mark.entity && x.read.sync == mark.sync && x.read.clock == mark.clock) {
-        if (x.read.lane != mark.lane) mark.lane = 32;
-        mark.bytes = (mark.bytes | x.read.bytes) & 15;
-      }
-      x.read = mark;
-    } else {
-      if (x.more < 0) {
-        if (spare_readers_.empty()) { spare_readers_.push_back(static_cast<int32_t>(readers_.size())); readers_.emplace_back(); }
-        x.more = spare_readers_.back();
-        spare_readers_.pop_back();
-      }
-      auto& list = readers_[static_cast<size_t>(x.more)];
-      bool known = false;
-      for (Mark& m : list) {
-        if (m.entity != mark.entity) continue;
-        if (m.sync == mark.sync && m.clock == mark.clock) { if (m.lane != mark.lane) mark.lane = 32; mark.bytes = (mark.bytes | m.bytes) & 15; }
-        m = mark;
-        known = true;
-      }
-      if (!known) list.push_back(mark);
-    }
+    const auto mask = static_cast<uint8_t>(((1u << (end - b)) - 1) << (b % 4) & 15);
     b = end;
+    mark.bytes = mask;
+    mark.lanes = who.lanes;
+    mark.mixed = 0;
+    who.part = mask != 15;
+    Cell& x = all.at(word);
+    const auto same = [&](const Mark& m) { return m.entity == mark.entity && m.clock == mark.clock; };
+    const Mark& w = x.write;
+    if (w.entity && w.bytes & mask && !(strong && w.strong) && !(write && w.entity == mark.entity) && !before(me, self, w, who, false)) {
+      hazard(c, cta, offset, bytes, write ? "writes" : "reads", w, "writes");
+    }
+    if (!write) {
+      mark.more = x.read.more;
+      if (same(x.read)) {
+        mark.join(x.read);
+        x.read = mark;
+      } else if (!x.read.entity || (x.read.entity == mark.entity && !(x.read.lanes & ~who.own)) || (!x.read.more && before(me, self, x.read, who, true))) {
+        x.read = mark;
+      } else {
+        mark.more = 0;
+        add_reader(all, word, mark, std::max(me.reads, me.order.seen.at(self)));
+      }
+      continue;
+    }
+    if (const Mark* m = unordered_reader(all, word, mark, me, self, who, 0)) hazard(c, cta, offset, bytes, "writes", *m, "reads");
+    if (same(w)) mark.join(w);
+    x.write = mark;
+    if (mask == 15) forget_readers(all, word);
   }
   if (!strong) return;
   Order& place = locations_[uint64_t{cta.rank} << 32 | offset];
@@ -135,136 +201,110 @@ void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind,
 }
 
 JobEntity Watch::begin(Ctx& c) {
+  const auto first = static_cast<uint32_t>(2 * threads_.size());
   if (free_.size() < 256) {
-    free_.push_front(static_cast<uint32_t>(threads_.size() + job_clock_.size()));
+    free_.push_front(first + static_cast<uint32_t>(job_clock_.size()));
     job_clock_.push_back(0);
-    job_name_.emplace_back();
+    job_maker_.push_back(0);
   }
   JobEntity job;
   job.entity = free_.front();
   free_.pop_front();
-  if (job.entity > 65000) fail("more than 65000 asynchronous operations are in flight");
-  job.clock = ++job_clock_[job.entity - threads_.size()];
-  job_name_[job.entity - threads_.size()] = "issued by " + name(entity_of(*c.warp));
+  if (job.entity > 65000) fail("more than 60000 asynchronous operations are in flight");
+  job.clock = ++job_clock_[job.entity - first];
+  job_maker_[job.entity - first] = entity_of(*c.warp);
   return job;
 }
 
-JobEntity Watch::again(const JobEntity& job) { return {job.entity, ++job_clock_[job.entity - threads_.size()]}; }
+JobEntity Watch::again(const JobEntity& job) { return {job.entity, ++job_clock_[job.entity - 2 * threads_.size()]}; }
 
-void Watch::job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, uint64_t bytes, bool write, bool async_proxy) {
+JobEntity Watch::copies(Ctx& c) {
   const uint32_t self = entity_of(*c.warp);
-  Thread& me = threads_[self];
-  if (&cta != c.cta) reach(c, cta, job.entity, job.clock, "an asynchronous access of");
-  // One lane issues what other lanes of its warp have prepared; where all issue together, each may mean its own.
-  const int lane = c.mask & (c.mask - 1) ? -1 : __builtin_ctz(c.mask);
-  const auto of_another_lane = [&](const Mark& m) { return strict_ && lane >= 0 && m.entity - 1u == self && m.lane != lane && m.sync == me.sync; };
-  for (uint32_t word = offset / 4; word < (offset + bytes + 3) / 4; ++word) {
-    Cell& x = cell(cta, word);
-    const auto before = [&](const Mark& m) {
-      const uint32_t e = m.entity - 1u;
-      return e == job.entity || e == self || me.order.seen.at(e) >= m.clock;
-    };
-    const auto at = static_cast<uint32_t>(bytes);
-    if (x.write.entity && !before(x.write)) hazard(c, cta, offset, at, write ? "an asynchronous operation writes" : "an asynchronous operation reads", x.write, "writes", ", with no synchronisation between");
-    if (x.write.entity && of_another_lane(x.write)) {
-      hazard(c, cta, offset, at, write ? "an asynchronous operation writes" : "an asynchronous operation reads", x.write, "writes", ", another lane of the same warp, with no bar.warp.sync between");
+  return {static_cast<uint32_t>(threads_.size()) + self, threads_[self].copies};
+}
+
+bool Watch::proxy_knows(const Thread& me, const Mark& m) const {
+  const uint32_t e = m.entity - 1u;
+  if (!me.order.proxy.unknown(e, m.clock, m.lanes)) return true;
+  for (const Partial& p : me.partial) if (!p.order.proxy.unknown(e, m.clock, m.lanes)) return true;
+  return false;
+}
+
+namespace {
+bool like(const Mark& a, const Mark& b) { return a.entity == b.entity && a.clock == b.clock && a.mixed == b.mixed && !(a.lanes & ~b.lanes); }
+}  // namespace
+
+Watch::Access::Access(Watch& watch, Ctx& c, const JobEntity& job, bool write, bool async_proxy, uint32_t lanes)
+    : watch_(watch), c_(c), self_(watch.entity_of(*c.warp)), me_(watch.threads_[self_]), copy_(watch.is_copy(job)), write_(write), who_{lanes, lanes} {
+  mark_.statement = c.statement->id;
+  mark_.clock = job.clock;
+  mark_.lanes = copy_ ? lanes : kAll;
+  mark_.entity = static_cast<uint16_t>(job.entity + 1);
+  mark_.bytes = 15;
+  mark_.async = async_proxy;
+}
+
+void Watch::Access::check_write(Cta& cta, uint32_t offset, uint64_t bytes, const Mark& m) {
+  if (!ordered(m, false)) watch_.hazard(c_, cta, offset, bytes, write_ ? "an asynchronous operation writes" : "an asynchronous operation reads", m, "writes");
+  if (!write_ && mark_.async && !m.async && m.entity <= watch_.threads_.size() && !watch_.proxy_knows(me_, m)) {
+    const Raw& raw = *watch_.statement(c_, m);
+    fail("hazard in shared memory: an asynchronous operation reads %llu bytes at offset 0x%x of CTA %u's shared memory, which %s writes at PTX line %u (%s: '%s'), with no fence.proxy.async between",
+         (unsigned long long)bytes, offset, cta.rank, watch_.name(m.entity - 1u).c_str(), raw.line, source_of(c_.machine->module, raw).c_str(), show(raw).c_str());
+  }
+}
+
+void Watch::Access::forget_ordered(Cells& all, uint32_t word) {  // further reads that lie before
+  int32_t* at = &all.more(word);
+  while (*at >= 0) {
+    Reader& r = watch_.readers_[static_cast<size_t>(*at)];
+    if (!ordered(r.mark, true)) {
+      at = &r.next;
+      continue;
     }
-    if (!write && async_proxy && x.write.entity && !x.write.async && x.write.entity <= threads_.size()) {
-      const uint32_t e = x.write.entity - 1u;
-      if (me.order.proxy.at(e) < x.write.clock) {
-        hazard(c, cta, offset, at, "an asynchronous operation reads", x.write, "writes", ", with no fence.proxy.async between");
+    const int32_t free = *at;
+    *at = r.next;
+    r.next = watch_.spare_reader_;
+    watch_.spare_reader_ = free;
+  }
+  all.at(word).read.more = all.more(word) >= 0;
+}
+
+void Watch::Access::touch(Cta& cta, uint32_t offset, uint64_t bytes) {
+  if (&cta != c_.cta) watch_.reach(c_, cta, mark_.entity - 1u, mark_.clock, kAll, "an asynchronous access of");
+  const uint32_t end = static_cast<uint32_t>((offset + bytes + 3) / 4);
+  Cells& all = watch_.cells(cta, end);
+  for (uint32_t word = offset / 4; word < end; ++word) {
+    Cell& x = all.at(word);
+    if (x.write.entity && !like(x.write, good_)) {
+      check_write(cta, offset, bytes, x.write);
+      good_ = x.write;
+      const uint32_t e = good_.entity - 1u;
+      if (me_.order.seen.at(e) >= good_.clock && (write_ || me_.order.proxy.at(e) >= good_.clock)) good_.lanes = kAll;
+    }
+    if (write_) {
+      if (x.read.entity && (x.read.more || !like(x.read, good_read_))) {
+        const Mark* m = watch_.unordered_reader(all, word, mark_, me_, self_, who_, copy_ ? 0 : mark_.entity);
+        if (m) watch_.hazard(c_, cta, offset, bytes, "an asynchronous operation writes", *m, "reads");
+        good_read_ = x.read;
       }
-    }
-    if (write) {
-      if (x.read.entity && !before(x.read)) hazard(c, cta, offset, at, "an asynchronous operation writes", x.read, "reads", ", with no synchronisation between");
-      if (x.more >= 0) for (const Mark& m : readers_[static_cast<size_t>(x.more)]) if (!before(m)) hazard(c, cta, offset, at, "an asynchronous operation writes", m, "reads", ", with no synchronisation between");
-    }
-    Mark mark;
-    mark.raw = c.statement;
-    mark.clock = job.clock;
-    mark.entity = static_cast<uint16_t>(job.entity + 1);
-    mark.lane = 33;
-    mark.bytes = 15;
-    mark.async = async_proxy;
-    if (write) {
-      x.write = mark;
-      x.read = Mark();
-      if (x.more >= 0) { readers_[static_cast<size_t>(x.more)].clear(); spare_readers_.push_back(x.more); x.more = -1; }
-    } else if (!x.read.entity || (before(x.read) && x.more < 0)) x.read = mark;
-    else {
-      if (x.more < 0) {
-        if (spare_readers_.empty()) { spare_readers_.push_back(static_cast<int32_t>(readers_.size())); readers_.emplace_back(); }
-        x.more = spare_readers_.back();
-        spare_readers_.pop_back();
+      x.write = mark_;
+      watch_.forget_readers(all, word);
+    } else if (!like(x.read, mark_)) {
+      if (x.read.more) forget_ordered(all, word);
+      if (x.read.entity && !like(x.read, good_read_) && !ordered(x.read, true)) {
+        watch_.add_reader(all, word, mark_, UINT32_MAX);
+        continue;
       }
-      auto& list = readers_[static_cast<size_t>(x.more)];
-      list.erase(std::remove_if(list.begin(), list.end(), before), list.end());
-      list.push_back(mark);
+      good_read_ = x.read;
+      const uint8_t more = x.read.more;
+      x.read = mark_;
+      x.read.more = more;
     }
   }
 }
 
-void Watch::acquire(Warp& w, const JobEntity& job) {
-  Thread& me = threads_[entity_of(w)];
-  me.order.seen.raise(job.entity, job.clock);
-  me.order.proxy.raise(job.entity, job.clock);
-}
-void Watch::release_observed(Warp& w, Order& into) {
-  const uint32_t self = entity_of(w);
-  Order known = threads_[self].order;
-  known.seen.set(self, known.proxy.at(self));  // its own accesses up to the last fence.proxy.async
-  into.join(known);
-}
-void Watch::fence_job(Warp& w, const JobEntity& job) {
-  Thread& me = threads_[entity_of(w)];
-  if (const uint32_t clock = me.order.seen.at(job.entity); job.clock && clock) me.fenced.seen.raise(job.entity, clock);
-}
-void Watch::release_relaxed(Warp& w, Order& into) {
-  Thread& me = threads_[entity_of(w)];
-  into.join(me.fenced);
-  into.inits.join(me.order.inits);
-  into.inits.raise(entity_of(w), me.init_fence);
-}
-void Watch::init_fence(Warp& w) {
-  Thread& me = threads_[entity_of(w)];
-  me.init_fence = me.clock;
-  me.order.seen.raise(entity_of(w), ++me.clock);
-}
-void Watch::release(Warp& w, Order& into) {
-  Thread& me = threads_[entity_of(w)];
-  me.order.inits.raise(entity_of(w), me.clock);
-  into.join(me.order);
-  me.order.seen.raise(entity_of(w), ++me.clock);
-  ++me.sync;
-}
-void Watch::acquire(Warp& w, const Order& from) {
-  Thread& me = threads_[entity_of(w)];
-  me.order.join(from);
-  ++me.sync;
-}
-void Watch::fence(Warp& w) {
-  Thread& me = threads_[entity_of(w)];
-  me.order.join(me.pending);
-  me.order.inits.raise(entity_of(w), me.clock);
-  me.fenced = me.order;
-  me.order.seen.raise(entity_of(w), ++me.clock);
-}
-void Watch::proxy_fence(Warp& w) {
-  Thread& me = threads_[entity_of(w)];
-  me.order.proxy.join(me.order.seen);
-  me.order.seen.raise(entity_of(w), ++me.clock);
-}
-void Watch::warp_sync(Warp& w) { ++threads_[entity_of(w)].sync; }
-
-void Watch::leave(Warp& w) { gone_[w.cta->rank].join(threads_[entity_of(w)].order.seen); }
-
-std::string Watch::left_behind(Cta& cta) {
-  for (const auto& [entity, access] : remote_[cta.rank]) {
-    if (gone_[cta.rank].at(entity) >= access.clock) continue;
-    return text_of("hazard in shared memory: CTA (%u,%u,%u) ends while an access of its shared memory by ", cta.id[0], cta.id[1], cta.id[2]) + name(entity) +
-           text_of(" (PTX line %u) is not ordered before its end (a barrier of the cluster is missing)", access.raw ? access.raw->line : 0);
-  }
-  return "";
+void Watch::job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, uint64_t bytes, bool write, bool async_proxy, uint32_t lanes) {
+  Access(*this, c, job, write, async_proxy, lanes).touch(cta, offset, bytes);
 }
 
 }  // namespace dsv4::sim

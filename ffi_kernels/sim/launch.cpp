@@ -8,6 +8,9 @@
 
 namespace dsv4 {
 namespace sim {
+
+thread_local uint64_t last_instructions = 0;
+
 namespace {
 
 Options options_of(const char* text) {  // DSV4_SIM="schedule=random seed=7 limit=1000000 checks=off"
@@ -119,6 +122,10 @@ std::string sim_launch(const Launch& launch) {
     const Function& kernel = *it->second;
     if (!kernel.error.empty()) fail("Kernel %s cannot be interpreted: %s", launch.kernel.c_str(), kernel.error.c_str());
     Machine machine(launch, *module, kernel, options_of(std::getenv("DSV4_SIM")));
+    const struct Count {
+      const Machine& of;
+      ~Count() { last_instructions = of.instructions; }
+    } count{machine};
     try {
       machine.prepare();
     } catch (const Error& e) {

@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 
+#include "blocks.h"
 #include "global_watch.h"
 #include "hazards.h"
 #include "launch.h"
@@ -17,7 +18,7 @@ constexpr uint32_t kSharedBase = 0x400;  // as on the device: the first KiB of t
 constexpr uint64_t kSharedWindow = 0x4000000000000000, kLocalWindow = 0x5000000000000000, kParamWindow = 0x6000000000000000;
 constexpr uint64_t kWindowMask = 0xF000000000000000;
 constexpr uint32_t kAll = 0xFFFFFFFFu;
-constexpr uint8_t kPoison = 0xFD;  // 0xFDFD... is a large negative number in every format
+constexpr uint8_t kPoison = 0xFF;  // a nan in every floating point format, an address that exists nowhere
 
 struct Machine;
 struct Cluster;
@@ -31,7 +32,7 @@ struct Frame {
   int32_t return_pc = 0;
   uint32_t lanes = 0;
   uint64_t local_base = 0;
-  std::vector<uint64_t> storage;  // registers, 64-byte aligned at `regs`
+  Block storage;  // registers
   uint8_t* regs = nullptr;
   std::vector<uint8_t> params;    // [lane][param_bytes]
   uint8_t* param(int lane) { return params.data() + static_cast<size_t>(lane) * f->param_bytes; }
@@ -90,10 +91,18 @@ struct Product : JobState {  // of wgmma: done when the parts of all warps of th
   int left = 0, unissued = 0;
   Order met;  // what came before it in the warps that have issued it
 };
-using JobList = std::vector<std::shared_ptr<JobState>>;
-struct Groups {  // of one lane: cp.async or cp.async.bulk
-  JobList open;
-  std::deque<JobList> committed;
+struct Groups {  // of a warp: cp.async, cp.async.bulk or wgmma. Each lane has groups of its own; mostly all lanes have the same
+  struct Member {
+    std::shared_ptr<JobState> job;  // null: done
+    JobEntity entity;
+    uint32_t lanes;
+  };
+  struct Group {
+    std::vector<Member> members;
+    uint32_t lanes;  // that have not waited for it yet
+  };
+  std::vector<Member> open;
+  std::vector<Group> committed;
 };
 struct Job {
   std::function<void(Ctx&)> run;
@@ -118,19 +127,18 @@ struct Warp {
   std::vector<uint8_t> local;
   uint64_t local_stride = 0;
   uint64_t cluster_token[32] = {};    // generation of the cluster barrier that a lane arrived at, plus one
-  Groups copies[32], bulk[32], products[1];
+  Groups copies, bulk, products;
   std::shared_ptr<JobState> last_product;
   std::vector<Flight> flights;
   uint64_t product_count = 0;
   int demoted = -1;
-  uint64_t priority = 0;
   bool done() const { return fragments.empty(); }
 };
 
 struct Cta {
   Cluster* cluster = nullptr;
   uint32_t rank = 0, id[3] = {0, 0, 0}, live_threads = 0;
-  std::vector<uint64_t> storage;
+  Block storage;
   uint8_t* shared = nullptr;  // address kSharedBase
   uint32_t shared_bytes = 0;
   std::vector<std::unique_ptr<Warp>> warps;
@@ -166,6 +174,8 @@ struct Options {
   bool strict = true;  // false: also what devices are known to do although the ISA does not promise it
 };
 
+extern thread_local uint64_t last_instructions;  // launch.cpp: warp instructions of this thread's last launch
+
 struct Machine {
   const Launch& launch;
   const Module& module;
@@ -179,6 +189,10 @@ struct Machine {
   uint64_t instructions = 0, progress = 0, events = 0;
   bool expire = false;        // try_wait gives up instead of blocking
   std::vector<std::unique_ptr<Cluster>> resident;
+  struct Turn { Warp* warp; uint64_t priority, idle; };  // idle: the epoch in which it could not move
+  std::vector<Turn> turns;    // of random schedules: all resident warps
+  std::vector<uint32_t> queue;  // of one step: those that may move, a heap
+  void rank();                // schedule.cpp: makes `turns` anew
   uint64_t next_cluster = 0, total_clusters = 0;
 
   Machine(const Launch& l, const Module& m, const Function& k, const Options& o) : launch(l), module(m), kernel(k), options(o) {}
@@ -210,16 +224,18 @@ Cta& cta_of(Ctx& c, uint64_t shared_address);  // of the cluster
 inline uint32_t shared_window(const Cta& cta) { return (cta.rank << 24) + kSharedBase; }
 
 // schedule.cpp: carries `run` out now (eager) or later. `state` is marked done afterwards.
+inline bool eager(const Ctx& c) { return c.machine->options.schedule == Options::eager; }
 void submit(Ctx& c, std::shared_ptr<JobState> state, std::function<void(Ctx&)> run, std::function<bool()> ready = {});
 // groups.cpp
-void add_to_group(Ctx& c, const std::shared_ptr<JobState>& job, uint32_t lanes, bool bulk);
-void commit_group(Ctx& c, bool bulk);
-Step wait_groups(Ctx& c, uint32_t but, bool bulk);
+void commit_group(Ctx& c, Groups& groups);
+// Waits for all but the last `but` groups of each lane.
+Step wait_groups(Ctx& c, Groups& groups, uint32_t but, const char* why);
 
 inline Watch* watch_of(const Cta& cta) { return cta.cluster->watch.get(); }
 // An access of a thread, for the hazard checks; `value`: what a write is about to store.
-void touch_memory(Ctx& c, const Instr& in, Space space, uint64_t address, uint64_t bytes, Touch kind, int lane, const void* value = nullptr);
+void touch_memory(Ctx& c, const Instr& in, Space space, uint64_t address, uint64_t bytes, Touch kind, Lanes who, const void* value = nullptr);
 void fence_all(Ctx& c);  // sync.cpp: a fence, for the hazard checks
+inline void gathered_reads(Ctx& c) { if (Watch* watch = watch_of(*c.cta)) watch->gather_reads(*c.warp); }  // all lanes are here
 inline void note(Ctx& c, const Instr& in) { c.statement = &c.raw(in); }
 
 // mbarrier.cpp. The state lives beside the memory, which holds a mark that tells if something writes over it.

@@ -1,10 +1,9 @@
 // mma.sync, ldmatrix, stmatrix, movmatrix. PTX ISA 9.7.14.5.
 // One rule gives every fragment: a register holds E elements; with g = lane / 4 and t = lane % 4, register r of A holds row
 // g + 8 (r & 1), columns t E .. and 4 E (r >> 1) further; register r of B holds rows t E + 4 E r .. of column g.
-// Sums of products are exact to double and rounded once to the type of D. The device truncates the addends of a block to
-// a common exponent instead: results agree where sums are exact, and within a few units of the last place elsewhere.
 #include "formats.h"
 #include "decode.h"
+#include "products.h"
 
 namespace dsv4::sim {
 namespace {
@@ -17,8 +16,9 @@ struct Mma {
 };
 
 bool together(Ctx& c) {  // .sync.aligned: the whole warp, or it waits for it
-  if (c.mask == kAll) return true;
-  return gathered(c, kAll);
+  if (c.mask != kAll && !gathered(c, kAll)) return false;
+  gathered_reads(c);
+  return true;
 }
 
 const float* table_of(const Format& f) {
@@ -52,59 +52,38 @@ float matrix_element(Type t, uint32_t word, int e) {
 }
 
 namespace {
-template <class Sum> void multiply(const float* a, const float* b, Sum* sum, int k) {  // a [16][k], b [k][8]
-  for (int i = 0; i < 16; ++i) {
-    Sum row[8];
-    for (int j = 0; j < 8; ++j) row[j] = sum[8 * i + j];
-    for (int x = 0; x < k; ++x) {
-      const Sum v = static_cast<Sum>(a[i * k + x]);
-      for (int j = 0; j < 8; ++j) row[j] += v * static_cast<Sum>(b[8 * x + j]);
-    }
-    for (int j = 0; j < 8; ++j) sum[8 * i + j] = row[j];
-  }
+// Register r of A, 32 words of E elements each, as the rows of it that they are; of B the same with columns.
+template <class T> void spread(Type t, const uint32_t* words, int row, int column, int k, T* to) {
+  const int per = 32 / bits_of(t);
+  T elements[32 * 8];
+  unpack(t, words, 32, elements);
+  for (int g = 0; g < 8; ++g) std::memcpy(to + (row + g) * k + column * per, elements + 4 * g * per, static_cast<size_t>(4 * per) * sizeof(T));
 }
 
-template <class Sum> Step mma(Ctx& c, const Instr& in) {  // slots: d, a, b, c
+template <class T> Step mma(Ctx& c, const Instr& in) {  // slots: d, a, b, c
   if (!together(c)) return Step::block;
   const Mma& x = *static_cast<const Mma*>(in.extra);
-  float a[16 * 64], b[64 * 8];
-  const int per_a = 32 / bits_of(x.a), per_b = 32 / bits_of(x.b);
+  T a[16 * 64], columns[8 * 64], b[64 * 8], sum[16 * 8] = {};
   int slot = x.c_regs;
-  for (int r = 0; r < x.a_regs; ++r, ++slot) {
-    const uint32_t* w = src<uint32_t>(c, in, slot);
-    for (int l = 0; l < 32; ++l) {
-      float* to = a + (l / 4 + 8 * (r & 1)) * x.k + (l % 4 + 4 * (r >> 1)) * per_a;
-      for (int e = 0; e < per_a; ++e) to[e] = matrix_element(x.a, w[l], e);
-    }
-  }
-  for (int r = 0; r < x.b_regs; ++r, ++slot) {
-    const uint32_t* w = src<uint32_t>(c, in, slot);
-    for (int l = 0; l < 32; ++l) {
-      float* to = b + (l % 4 + 4 * r) * per_b * 8 + l / 4;
-      for (int e = 0; e < per_b; ++e) to[8 * e] = matrix_element(x.b, w[l], e);
-    }
-  }
-  Sum sum[16 * 8];
+  for (int r = 0; r < x.a_regs; ++r, ++slot) spread(x.a, src<uint32_t>(c, in, slot), 8 * (r & 1), 4 * (r >> 1), x.k, a);
+  for (int r = 0; r < x.b_regs; ++r, ++slot) spread(x.b, src<uint32_t>(c, in, slot), 0, 4 * r, x.k, columns);
+  transpose(columns, b, 8, x.k);
+  constexpr bool whole = std::is_integral_v<T>;  // integers: C is added behind, in 64 bits
+  const bool half = x.c == Type::f16;
   const auto at = [](int lane, int r, int e) { return (lane / 4 + 8 * r) * 8 + lane % 4 * 2 + e; };
-  for (int r = 0; r < x.c_regs; ++r) {
+  for (int r = 0; !whole && r < x.c_regs; ++r) {
     const uint32_t* w = src<uint32_t>(c, in, slot + r);
     for (int l = 0; l < 32; ++l) {
-      if (x.c == Type::f16) for (int e = 0; e < 2; ++e) sum[at(l, r, e)] = static_cast<Sum>(value_of(Half{static_cast<uint16_t>(w[l] >> (16 * e))}));
-      else sum[at(l, r / 2, r % 2)] = x.c == Type::f32 ? static_cast<Sum>(bit_cast<float>(w[l])) : static_cast<Sum>(static_cast<int32_t>(w[l]));
+      if (half) for (int e = 0; e < 2; ++e) sum[at(l, r, e)] = static_cast<T>(accumulator(w[l] >> (16 * e), x.c));
+      else sum[at(l, r / 2, r % 2)] = static_cast<T>(accumulator(w[l], x.c));
     }
   }
-  multiply(a, b, sum, x.k);
+  multiply_add(a, b, sum, 16, 8, x.k);
   for (int r = 0; r < x.c_regs; ++r) {
     uint32_t* w = out<uint32_t>(c, in, r);
     for (int l = 0; l < 32; ++l) {
-      if (x.d == Type::f16) {
-        w[l] = half_bits(static_cast<double>(sum[at(l, r, 0)])) | uint32_t{half_bits(static_cast<double>(sum[at(l, r, 1)]))} << 16;
-      } else {
-        const Sum v = sum[at(l, r / 2, r % 2)];
-        if constexpr (std::is_same_v<Sum, int64_t>) {
-          w[l] = static_cast<uint32_t>(!x.saturate ? v : v > INT32_MAX ? INT32_MAX : v < INT32_MIN ? INT32_MIN : v);
-        } else w[l] = bit_cast<uint32_t>(canonical(static_cast<float>(v)));
-      }
+      if constexpr (whole) w[l] = rounded_sum(sum[at(l, r / 2, r % 2)], static_cast<int32_t>(src<uint32_t>(c, in, slot + r)[l]), x.saturate);
+      else w[l] = half ? rounded_sum(sum[at(l, r, 0)], x.d) | rounded_sum(sum[at(l, r, 1)], x.d) << 16 : rounded_sum(sum[at(l, r / 2, r % 2)], x.d);
     }
   }
   return Step::next;
@@ -174,7 +153,7 @@ void decode_mma(Decode& d) {
   regs(2, x.b_regs, false, held);
   regs(3, x.c_regs, false, f64 ? Type::f64 : Type::f32);
   *d.extra<Mma>() = x;
-  d.in.run = f64 ? mma_f64 : x.d == Type::s32 ? &mma<int64_t> : &mma<double>;
+  d.in.run = f64 ? mma_f64 : x.d == Type::s32 ? &mma<int32_t> : &mma<double>;
 }
 
 // ldmatrix and stmatrix: in.a matrices, in.b transposed, in.c wide address; registers, then the address.
@@ -188,7 +167,7 @@ template <bool Store> Step matrix(Ctx& c, const Instr& in) {
       const uint64_t at = address(c, in, n, in.c, 8 * i + r) + static_cast<uint64_t>(in.imm);
       where[r] = shared_at(c, shared_offset(in.c ? at : static_cast<uint32_t>(at)), 16, 16, Store ? Access::write : Access::read, Space::shared);
       if (!Store) std::memcpy(rows[r], where[r], 16);
-      if (watch_of(*c.cta)) touch_memory(c, in, Space::shared, shared_offset(in.c ? at : static_cast<uint32_t>(at)), 16, Store ? Touch::write : Touch::read, 32);
+      if (watch_of(*c.cta)) touch_memory(c, in, Space::shared, shared_offset(in.c ? at : static_cast<uint32_t>(at)), 16, Store ? Touch::write : Touch::read, Lanes::together());
     }
     for (int l = 0; l < 32; ++l) {
       uint16_t* low = in.b ? &rows[l % 4 * 2][l / 4] : &rows[l / 4][l % 4 * 2];

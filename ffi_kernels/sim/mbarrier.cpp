@@ -79,7 +79,7 @@ Step init(Ctx& c, const Instr& in) {
     std::memcpy(p, &m, 8);
     Mbarrier& b = c.cta->mbarriers[key] = Mbarrier();
     b.expected = b.pending = count[l];
-    if (const Watch* watch = watch_of(*c.cta)) { b.maker = watch->entity_of(*c.warp); b.made = watch->clock_of(*c.warp); }
+    if (Watch* watch = watch_of(*c.cta)) { b.maker = watch->entity_of(*c.warp); b.made = watch->clock_of(*c.warp); }
     c.machine->event();
   });
 }
@@ -96,6 +96,16 @@ Step inval(Ctx& c, const Instr& in) {
 Step arrive(Ctx& c, const Instr& in) {
   note(c, in);
   const bool operand = in.a & 5;
+  Watch* watch = watch_of(*c.cta);
+  const auto release = [&](uint32_t lanes, Mbarrier& b) { in.a & 8 ? watch->release_relaxed(*c.warp, b.next) : watch->release(*c.warp, lanes, b.next); };
+  bool together = watch && !(in.a & 4);  // all lanes arrive, once each, in the same phase of the same barrier
+  const uint64_t first = barrier_at(c, in, operand ? 2 : 1, __builtin_ctz(c.mask));
+  for (int l = 0; l < 32; ++l) together = together && (!(c.mask >> l & 1) || barrier_at(c, in, operand ? 2 : 1, l) == first);
+  if (together) {
+    Mbarrier& b = mbarrier_at(c, first, static_cast<Space>(in.b));
+    together = b.pending >= static_cast<uint32_t>(__builtin_popcount(c.mask));
+    if (together) release(c.mask, b);
+  }
   return each(c, [&](int l) {
     const uint64_t at = barrier_at(c, in, operand ? 2 : 1, l);
     Mbarrier& b = mbarrier_at(c, at, static_cast<Space>(in.b));
@@ -112,8 +122,8 @@ Step arrive(Ctx& c, const Instr& in) {
       if (b.expected < count) fail("drops %u arrivals of an mbarrier that expects %u", count, b.expected);
       b.expected -= count;
     }
-    if (Watch* watch = watch_of(*c.cta); watch && &cta_of(c, shared_offset(at)) != c.cta) watch->remote_arrival(c, cta_of(c, shared_offset(at)), b.next);
-    if (Watch* watch = watch_of(*c.cta)) in.a & 8 ? watch->release_relaxed(*c.warp, b.next) : watch->release(*c.warp, b.next);
+    if (watch && &cta_of(c, shared_offset(at)) != c.cta) watch->remote_arrival(c, cta_of(c, shared_offset(at)), b.next);
+    if (watch && !together) release(1u << l, b);
     mbarrier_arrive(*c.machine, b, count);
   });
 }
@@ -125,7 +135,10 @@ Step tx(Ctx& c, const Instr& in) {  // in.a: 1 complete
 }
 // Slots: p, state or parity, address, [hint]. in.a: bit 0 parity, bit 1 may block, bit 2 relaxed
 Step wait(Ctx& c, const Instr& in) {
-  uint32_t done = 0;
+  uint32_t done = 0, acquired = 0;
+  Watch* watch = in.a & 4 ? nullptr : watch_of(*c.cta);
+  const Mbarrier* last = nullptr;  // that lanes `acquired` found complete
+  const auto acquire = [&] { if (acquired) watch->acquire(*c.warp, acquired, last->done); };
   for (int l = 0; l < 32; ++l) {
     if (!(c.mask >> l & 1)) continue;
     Mbarrier& b = mbarrier_at(c, barrier_at(c, in, 2, l), Space::shared);
@@ -140,9 +153,15 @@ Step wait(Ctx& c, const Instr& in) {
       complete = b.phase > phase;
     }
     done |= static_cast<uint32_t>(complete) << l;
-    Watch* watch = watch_of(*c.cta);
-    if (complete && watch && !(in.a & 4)) watch->acquire(*c.warp, b.done);
+    if (!complete || !watch) continue;
+    if (last != &b) {
+      acquire();
+      last = &b;
+      acquired = 0;
+    }
+    acquired |= 1u << l;
   }
+  acquire();
   const uint32_t open = c.mask & ~done;
   if (!open || c.machine->expire) { put_pred(c, in, 0, done); return Step::next; }
   const bool impatient = c.machine->options.schedule == Options::random && c.machine->random() % 4 == 0;  // the time limit is nobody's

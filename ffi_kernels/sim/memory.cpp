@@ -17,7 +17,7 @@ template <class T, class S> Step load(Ctx& c, const Instr& in) {
     if (!(c.mask >> l & 1)) continue;
     const uint64_t at = address(c, in, n, in.c & 1, l) + static_cast<uint64_t>(in.imm);
     const uint8_t* p = resolve(c, space, in.c & 1 ? at : static_cast<uint32_t>(at), bytes, bytes, Access::read, l);
-    if (watched) touch_memory(c, in, space, in.c & 1 ? at : static_cast<uint32_t>(at), bytes, in.c & 2 ? Touch::strong_read : Touch::read, l);
+    if (watched) touch_memory(c, in, space, in.c & 1 ? at : static_cast<uint32_t>(at), bytes, in.c & 2 ? Touch::strong_read : Touch::read, Lanes::one(l));
     for (int v = 0; v < n; ++v) {
       T x;
       std::memcpy(&x, p + sizeof(T) * static_cast<size_t>(v), sizeof(T));
@@ -39,7 +39,7 @@ template <class T, class S> Step store(Ctx& c, const Instr& in) {
     uint8_t* p = resolve(c, space, in.c & 1 ? at : static_cast<uint32_t>(at), bytes, bytes, Access::write, l);
     T value[8];
     for (int v = 0; v < n; ++v) value[v] = static_cast<T>(src<S>(c, in, v)[l]);
-    if (watched) touch_memory(c, in, space, in.c & 1 ? at : static_cast<uint32_t>(at), bytes, in.c & 2 ? Touch::strong_write : Touch::write, l, value);
+    if (watched) touch_memory(c, in, space, in.c & 1 ? at : static_cast<uint32_t>(at), bytes, in.c & 2 ? Touch::strong_write : Touch::write, Lanes::one(l), value);
     std::memcpy(p, value, bytes);
   }
   c.machine->progress = c.machine->instructions;
@@ -52,7 +52,7 @@ template <bool Write> Step move128(Ctx& c, const Instr& in) {
     if (!(c.mask >> l & 1)) continue;
     const uint64_t at = address(c, in, 1, in.c & 1, l) + static_cast<uint64_t>(in.imm);
     uint8_t* p = resolve(c, space, in.c & 1 ? at : static_cast<uint32_t>(at), 16, 16, Write ? Access::write : Access::read, l);
-    if (watched) touch_memory(c, in, space, in.c & 1 ? at : static_cast<uint32_t>(at), 16, Write ? Touch::write : Touch::read, l);
+    if (watched) touch_memory(c, in, space, in.c & 1 ? at : static_cast<uint32_t>(at), 16, Write ? Touch::write : Touch::read, Lanes::one(l));
     if (Write) std::memcpy(p, src<uint8_t>(c, in, 0) + 16 * l, 16);
     else std::memcpy(c.regs + in.op[0] + 16 * l, p, 16);
   }

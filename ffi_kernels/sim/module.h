@@ -45,6 +45,7 @@ struct Location {  // CUDA source, from .loc
 };
 
 struct Raw {  // a statement as written
+  uint32_t id = 0;  // in Module::statements
   uint32_t line = 0;
   Location loc;
   std::string op;
@@ -132,6 +133,7 @@ struct Module {
   std::vector<std::unique_ptr<std::vector<uint64_t>>> storage;  // module-level variables, read-only
   std::vector<Variable> variables;
   uint64_t shared_bytes = 0;  // module-level static shared memory
+  std::vector<const Raw*> statements{nullptr};  // of all functions
 };
 
 // Parsed and decoded, cached by path, size and time of modification. Throws Error.

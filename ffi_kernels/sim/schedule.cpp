@@ -30,14 +30,13 @@ std::unique_ptr<Cluster> make_cluster(Machine& m, uint64_t index) {
     for (int i = 0; i < 3; ++i) cta->id[i] = cluster->id[i] * dims[i] + local[i];
     cta->live_threads = threads;
     cta->shared_bytes = m.shared_bytes;
-    cta->storage.resize(m.shared_bytes / 8 + 132);
-    cta->shared = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(cta->storage.data()) + 1023) & ~uintptr_t{1023});
+    cta->storage = Block(m.shared_bytes + 64);
+    cta->shared = cta->storage.data();
     std::memset(cta->shared, kPoison, m.shared_bytes);
     for (uint32_t w = 0; w * 32 < threads; ++w) {
       auto warp = std::make_unique<Warp>();
       warp->cta = cta.get();
       warp->id = w;
-      warp->priority = m.random();
       const uint32_t lanes = std::min(32u, threads - w * 32);
       start_warp(*warp, lanes == 32 ? kAll : (1u << lanes) - 1, m);
       cta->warps.push_back(std::move(warp));
@@ -48,6 +47,18 @@ std::unique_ptr<Cluster> make_cluster(Machine& m, uint64_t index) {
   return cluster;
 }
 }  // namespace
+
+void Machine::rank() {
+  std::map<const Warp*, uint64_t> before;
+  for (const Turn& t : turns) before[t.warp] = t.priority;
+  turns.clear();
+  for (auto& cluster : resident) {
+    for (auto& cta : cluster->ctas) for (auto& warp : cta->warps) {
+      const auto known = before.find(warp.get());
+      turns.push_back({warp.get(), known == before.end() ? random() : known->second, 0});
+    }
+  }
+}
 
 uint32_t Machine::random() {  // xorshift
   random_state ^= random_state << 13;
@@ -100,21 +111,26 @@ bool sweep(Machine& m) {
 // One step of a random schedule: the warp of highest priority that can move, for a few instructions, or an
 // asynchronous operation. Priorities change now and then, so that some warps stay far behind for long.
 bool step(Machine& m) {
-  std::vector<std::pair<uint64_t, Warp*>> order;
   size_t jobs = 0;
-  for (auto& cluster : m.resident) {
-    jobs += cluster->jobs.size();
-    for (auto& cta : cluster->ctas) for (auto& warp : cta->warps) if (!warp->done()) order.push_back({warp->priority, warp.get()});
-  }
+  for (auto& cluster : m.resident) jobs += cluster->jobs.size();
   const uint32_t patience = 1u << (m.options.seed % 7);
   if (jobs && m.random() % patience == 0) {
     Cluster& cluster = *m.resident[m.random() % m.resident.size()];
     if (!cluster.jobs.empty() && run_job(m, cluster, m.random() % cluster.jobs.size())) return true;
   }
-  std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
-  for (auto& [priority, warp] : order) {
-    if (m.random() % 8 == 0) warp->priority = m.random();
-    if (run_warp(m, *warp, 1 + m.random() % (2u << (m.random() % 10)))) return true;
+  const auto less = [&](uint32_t a, uint32_t b) { return m.turns[a].priority < m.turns[b].priority; };
+  std::vector<uint32_t>& queue = m.queue;
+  queue.clear();
+  for (uint32_t i = 0; i < m.turns.size(); ++i) if (m.turns[i].idle != m.epoch) queue.push_back(i);
+  std::make_heap(queue.begin(), queue.end(), less);
+  while (!queue.empty()) {
+    Machine::Turn& first = m.turns[queue.front()];
+    std::pop_heap(queue.begin(), queue.end(), less);
+    queue.pop_back();
+    const uint64_t epoch = m.epoch;
+    if (m.random() % 8 == 0) first.priority = m.random();
+    if (!first.warp->done() && run_warp(m, *first.warp, 1 + m.random() % (2u << (m.random() % 10)))) return true;
+    first.idle = epoch;
   }
   for (auto& cluster : m.resident) if (!cluster->jobs.empty() && run_job(m, *cluster, m.random() % cluster->jobs.size())) return true;
   return false;
@@ -146,6 +162,7 @@ void Machine::run() {
       resident.push_back(make_cluster(*this, next_cluster++));
       const uint64_t more = options.schedule == Options::random ? random() % 3 : 0;  // a few clusters side by side
       for (uint64_t i = 0; i < more && next_cluster < total_clusters && resident.size() < most; ++i) resident.push_back(make_cluster(*this, next_cluster++));
+      rank();
       event();
     }
     const bool moved = options.schedule == Options::random ? step(*this) : sweep(*this);
@@ -155,11 +172,16 @@ void Machine::run() {
     }
     const size_t before = resident.size();
     resident.erase(std::remove_if(resident.begin(), resident.end(), [](const auto& c) { return c->live_threads == 0 && c->jobs.empty(); }), resident.end());
-    if (resident.size() != before) { event(); continue; }
+    if (resident.size() != before) {
+      rank();
+      event();
+      continue;
+    }
     const bool stalled = moved && instructions - std::max(progress, stall_mark) > kStall;
     if (moved && !stalled) continue;
     if (next_cluster < total_clusters && resident.size() < most) {
       resident.push_back(make_cluster(*this, next_cluster++));
+      rank();
       stall_mark = instructions;
       ++epoch;
       continue;

@@ -13,7 +13,7 @@ void complete(Machine& m, Barrier& b) {
   b.reduction[0] = 0;
   b.reduction[1] = 1;
   b.reduction[2] = 0;
-  b.done = b.next;
+  std::swap(b.done, b.next);
   b.next.clear();
   ++b.generation;
   m.event();
@@ -48,7 +48,7 @@ Step barrier(Ctx& c, const Instr& in) {
       return Step::block;
     }
     f.token = f.token_what = 0;
-    if (Watch* watch = watch_of(*c.cta)) watch->acquire(*c.warp, b.done);
+    if (Watch* watch = watch_of(*c.cta)) watch->acquire(*c.warp, c.mask, b.done);
     if (in.a == red_popc) for (int l = 0; l < 32; ++l) { if (c.mask >> l & 1) out<uint32_t>(c, in, 0)[l] = b.result[0]; }
     else if (red) put_pred(c, in, 0, b.result[in.a == red_and ? 1 : 2] ? kAll : 0);
     return Step::next;
@@ -74,7 +74,7 @@ Step barrier(Ctx& c, const Instr& in) {
   }
   c.machine->progress = c.machine->instructions;
   if (b.arrived > total) fail("barrier %u: %u threads have arrived where %u are expected", id, b.arrived, total);
-  if (Watch* watch = watch_of(*c.cta)) watch->release(*c.warp, b.next);
+  if (Watch* watch = watch_of(*c.cta)) watch->release(*c.warp, c.mask, b.next);
   const uint64_t generation = b.generation;
   if (b.arrived == total) complete(*c.machine, b);
   if (in.a == arrive) return Step::next;
@@ -97,7 +97,7 @@ void mark_fenced(Ctx& c) {  // the mbarriers that this warp has initialised
 Step proxy_fence(Ctx& c, const Instr&) {
   if (Watch* watch = watch_of(*c.cta)) {
     mark_fenced(c);
-    watch->proxy_fence(*c.warp);
+    watch->proxy_fence(*c.warp, c.mask);
   }
   return Step::next;
 }
@@ -137,7 +137,7 @@ void decode_barrier(Decode& d, bool short_form) {
 }  // namespace
 
 void fence_all(Ctx& c) {
-  watch_of(*c.cta)->fence(*c.warp);
+  watch_of(*c.cta)->fence(*c.warp, c.mask);
   if (c.machine->global_watch) c.machine->global_watch->fence(c);
 }
 
@@ -154,7 +154,7 @@ void exit_lanes(Machine& m, Warp& w, uint32_t lanes) {
     if (lanes >> l & 1 && w.cluster_token[l] == cluster.generation + 1) --cluster.arrived;
   }
   if (cluster.arrived && cluster.arrived == cluster.live_threads) {
-    cluster.done = cluster.next;
+    std::swap(cluster.done, cluster.next);
     cluster.next.clear();
     cluster.arrived = 0;
     ++cluster.generation;
@@ -163,12 +163,11 @@ void exit_lanes(Machine& m, Warp& w, uint32_t lanes) {
   if (!w.cta->live_threads) check_tensor_freed(*w.cta);
   Watch* watch = watch_of(*w.cta);
   if (!watch) return;
-  for (int l = 0; l < 32 && m.options.strict; ++l) {  // devices let the copies end first
-    if (!(lanes >> l & 1)) continue;
-    const Groups& g = w.bulk[l];
-    if (!g.open.empty() || !g.committed.empty()) {
-      fail("hazard in shared memory: lane %d exits without waiting (cp.async.bulk.wait_group.read) for its bulk copies out of shared memory, which may still read it", l);
-    }
+  uint32_t reading = 0;
+  for (const Groups::Member& m : w.bulk.open) reading |= m.lanes & lanes;
+  for (const Groups::Group& g : w.bulk.committed) for (const Groups::Member& m : g.members) reading |= m.lanes & g.lanes & lanes;
+  if (reading && m.options.strict) {  // devices let the copies end first
+    fail("hazard in shared memory: lane %d exits without waiting (cp.async.bulk.wait_group.read) for its bulk copies out of shared memory, which may still read it", __builtin_ctz(reading));
   }
   if (!w.live) watch->leave(w);
   if (w.cta->live_threads) return;

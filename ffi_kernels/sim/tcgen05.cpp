@@ -41,8 +41,8 @@ void touch_tensor(Ctx& c, Cta& cta, uint32_t lane, uint32_t lanes, uint32_t colu
   const uint32_t base = watch->tensor_base();
   for (uint32_t quarter = lane / 32; quarter <= (lane + lanes - 1) / 32; ++quarter) {
     const uint32_t at = base + (quarter * kTensorColumns + column) * 4;
-    if (job) watch->job_touch(c, *job, cta, at, columns * 4, write, false);
-    else watch->touch(c, cta, at, columns * 4, write ? Touch::write : Touch::read, 32);
+    if (job) watch->job_touch(c, *job, cta, at, columns * 4, write, false, c.mask);
+    else watch->touch(c, cta, at, columns * 4, write ? Touch::write : Touch::read, Lanes::each());
   }
 }
 
@@ -69,7 +69,11 @@ template <class T> T uniform(Ctx& c, const Instr& in, int slot, const char* what
   for (int l = 0; l < 32; ++l) if (c.mask >> l & 1 && v[l] != v[first]) fail("%s differs between lanes", what);
   return v[first];
 }
-bool whole(Ctx& c) { return c.mask == kAll || gathered(c, kAll); }
+bool whole(Ctx& c) {
+  if (c.mask != kAll && !gathered(c, kAll)) return false;
+  gathered_reads(c);
+  return true;
+}
 
 constexpr uint64_t kPairToken = 77;
 // Both CTAs of a pair take part: true once the peer has come as far. The token keeps the arrival.
@@ -133,8 +137,8 @@ Step alloc(Ctx& c, const Instr& in) {
   const uint32_t shared = shared_offset(in.c ? at : static_cast<uint32_t>(at));
   std::memcpy(shared_at(c, shared, 4, 4, Access::write, Space::shared), &first, 4);
   if (Watch* watch = watch_of(*c.cta)) {
-    touch_memory(c, in, Space::shared, shared, 4, Touch::write, 32);
-    watch->warp_sync(*c.warp);  // all lanes allocate, so that each sees the address
+    touch_memory(c, in, Space::shared, shared, 4, Touch::write, Lanes::together());
+    watch->warp_sync(*c.warp, c.mask);  // all lanes allocate, so that each sees the address
   }
   c.machine->event();
   return Step::next;
@@ -177,7 +181,7 @@ template <bool Store> Step move(Ctx& c, const Instr& in) {
   JobEntity& job = t.moves[Store][c.warp->id];
   if (Watch* watch = watch_of(*c.cta)) job = job.clock ? watch->again(job) : watch->begin(c);
   touch_tensor(c, *c.cta, lane0, in.b ? 16 : 32, column, columns, Store, &job);
-  if (Watch* watch = watch_of(*c.cta); watch && !Store && !c.machine->options.strict) watch->acquire(*c.warp, job);  // devices wait for registers that are used
+  if (Watch* watch = watch_of(*c.cta); watch && !Store && !c.machine->options.strict) watch->acquire(*c.warp, kAll, job);  // devices wait for registers that are used
   for (int r = 0; r < n; ++r) {
     for (uint32_t l = 0; l < 32; ++l) {
       uint32_t& word = in.b ? t.at(lane0 + l / 4 + 8 * (r / 2 & 1), column + static_cast<uint32_t>(r / 4) * 8 + l % 4 * 2 + (r & 1)) : t.at(lane0 + l, column + static_cast<uint32_t>(r));
@@ -191,7 +195,7 @@ template <bool Store> Step move(Ctx& c, const Instr& in) {
 Step wait(Ctx& c, const Instr& in) {
   if (!whole(c)) return Step::block;
   const JobEntity job = tensor_of(*c.cta).moves[in.a][c.warp->id];
-  if (Watch* watch = watch_of(*c.cta); watch && job.clock) watch->acquire(*c.warp, job);
+  if (Watch* watch = watch_of(*c.cta); watch && job.clock) watch->acquire(*c.warp, c.mask, job);
   return Step::next;
 }
 // in.a: before_thread_sync, which a relaxed arrival needs. The other fence is not checked: CUTLASS does without.
@@ -199,8 +203,8 @@ Step fence(Ctx& c, const Instr& in) {
   Watch* watch = watch_of(*c.cta);
   if (!watch || !in.a) return Step::next;
   TensorMemory& t = tensor_of(*c.cta);
-  for (auto& moves : t.moves) watch->fence_job(*c.warp, moves[c.warp->id]);
-  for (auto& cta : c.cta->cluster->ctas) watch->fence_job(*c.warp, tensor_of(*cta).pipe);
+  for (auto& moves : t.moves) watch->fence_job(*c.warp, c.mask, moves[c.warp->id]);
+  for (auto& cta : c.cta->cluster->ctas) watch->fence_job(*c.warp, c.mask, tensor_of(*cta).pipe);
   return Step::next;
 }
 
@@ -222,7 +226,7 @@ Step commit(Ctx& c, const Instr& in) {
     } else barriers.push_back(&mbarrier_at(c, signal, Space::cluster));
     const JobEntity pipe = tensor_of(*c.cta).pipe;
     Order observed;  // what the operations read was complete before them
-    if (Watch* watch = watch_of(*c.cta)) c.machine->options.strict ? watch->release_observed(*c.warp, observed) : watch->release(*c.warp, observed);
+    if (Watch* watch = watch_of(*c.cta)) c.machine->options.strict ? watch->release_observed(*c.warp, 1u << l, observed) : watch->release(*c.warp, c.mask, observed);
     issue_tensor_op(c, [barriers, pipe, observed](Ctx& later) {
       for (Mbarrier* b : barriers) {
         b->next.join(observed);

@@ -9,7 +9,7 @@ namespace dsv4::sim {
 constexpr uint32_t kTensorLanes = 128, kTensorColumns = 512;
 
 struct TensorMemory {
-  std::vector<uint32_t> words = std::vector<uint32_t>(kTensorLanes * kTensorColumns, 0xFDFDFDFD);  // [lane][column]
+  std::vector<uint32_t> words = std::vector<uint32_t>(kTensorLanes * kTensorColumns, 0xFFFFFFFF);  // [lane][column]
   std::map<uint32_t, uint32_t> allocated;  // first column -> columns
   bool relinquished = false;
   int group = 0;                           // .cta_group of the kernel's instructions, once there was one

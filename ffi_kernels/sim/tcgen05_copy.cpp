@@ -33,7 +33,7 @@ Step copy(Ctx& c, const Instr& in) {  // slots: tensor address, descriptor
       for (int r = 0; r < k.rows; ++r) for (int b = 0; b < k.bytes; b += 16) {
         const uint32_t at = cta->rank << 24 | m.at(static_cast<uint32_t>(r), static_cast<uint32_t>(b));
         shared_at(c, at, 16, 16, Access::read, Space::cluster);
-        if (Watch* watch = watch_of(*c.cta)) watch->job_touch(c, job, *cta, (at & 0xFFFFFF) - kSharedBase, 16, false, true);
+        if (Watch* watch = watch_of(*c.cta)) watch->job_touch(c, job, *cta, (at & 0xFFFFFF) - kSharedBase, 16, false, true, 1u << l);
       }
       touch_tensor(c, *cta, 0, 128, to, columns, true, &job);
     }

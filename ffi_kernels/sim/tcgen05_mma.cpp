@@ -94,7 +94,7 @@ void gather(Ctx& c, Cta& cta, const MatrixLayout& m, Type t, bool padded, int ro
     for (int b = 0; b < inner; b += 16) {
       const uint32_t at = cta.rank << 24 | m.at(static_cast<uint32_t>(o), static_cast<uint32_t>(b));
       const uint8_t* p = shared_at(c, at, 16, 16, Access::read, Space::cluster);
-      if (job) { watch_of(*c.cta)->job_touch(c, *job, cta, (at & 0xFFFFFF) - kSharedBase, 16, false, true); continue; }
+      if (job) { watch_of(*c.cta)->job_touch(c, *job, cta, (at & 0xFFFFFF) - kSharedBase, 16, false, true, c.mask); continue; }
       uint8_t spread[16];
       if (narrow < bits) {
         for (int e = 0; e < 16; ++e) {

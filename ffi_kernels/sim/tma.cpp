@@ -118,11 +118,11 @@ Step copy(Ctx& c, const Instr& in) {
     const auto place = [m](uint32_t at, uint32_t offset) { return static_cast<int64_t>(swizzled((at & 0xFFFFFF) + offset, m)) - static_cast<int64_t>(at & 0xFFFFFF); };
     if (k.store) {
       uint8_t* s = base(shared, Access::read);
-      if (watch) watch->job_touch(c, job->entity, *c.cta, (shared & 0xFFFFFF) - kSharedBase, bytes, false, true);
+      if (watch) watch->job_touch(c, job->entity, *c.cta, (shared & 0xFFFFFF) - kSharedBase, bytes, false, true, 1u << l);
       each([&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element & -m.element, k.reduce ? Access::both : Access::write); });
       const Type type = k.reduce ? reduced_type(m, k.op) : Type::none;
       if (k.reduce && type == Type::none) fail("a device has no such reduction of elements of this tensor's type (number %d of cuTensorMapEncodeTiled)", m.type);
-      add_to_group(c, job, 1u << l, true);
+      c.warp->bulk.open.push_back({job, job->entity, 1u << l});
       submit(c, job, [=, &k](Ctx&) {
         each([&](uint64_t g, uint32_t offset) {
           if (!g) return;
@@ -149,7 +149,7 @@ Step copy(Ctx& c, const Instr& in) {
       uint8_t* p = base(at, Access::write);
       if (watch) {
         if (!b.fenced) fail("hazard in shared memory: a tensor copy signals the mbarrier at shared address 0x%x, whose mbarrier.init was not followed by fence.mbarrier_init or fence.proxy.async", signal);
-        watch->job_touch(c, job->entity, cta_of(c, at), (at & 0xFFFFFF) - kSharedBase, bytes, true, true);
+        watch->job_touch(c, job->entity, cta_of(c, at), (at & 0xFFFFFF) - kSharedBase, bytes, true, true, 1u << l);
       }
       targets.push_back({p, at, &b});
     };

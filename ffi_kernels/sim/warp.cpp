@@ -260,8 +260,8 @@ Frame* make_frame(Machine& m, Warp& w, const Function& f, Frame* parent) {
   if (!frame) {
     w.frames.push_back(std::make_unique<Frame>());
     frame = w.frames.back().get();
-    frame->storage.resize(f.register_bytes / 8 + 16);
-    frame->regs = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(frame->storage.data()) + 63) & ~uintptr_t{63});
+    frame->storage = Block(f.register_bytes + 64);
+    frame->regs = frame->storage.data();
     frame->params.resize(f.param_bytes * 32 + 1);
     frame->f = &f;
   }

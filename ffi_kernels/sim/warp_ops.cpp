@@ -25,6 +25,7 @@ template <class F> Step by_mask(Ctx& c, const uint32_t* masks, F f) {
     if (mask & ~c.warp->live) fail("the member mask 0x%08x names lanes 0x%08x, which have exited or do not exist", mask, mask & ~c.warp->live);
     if (mask & ~group) { waiting |= group; continue; }
     c.mask = group;
+    if (group == c.warp->live) gathered_reads(c);
     f(group);
   }
   c.mask = all;
@@ -52,7 +53,7 @@ Step shfl(Ctx& c, const Instr& in) {  // slots: d, p, a, b, c, mask; in.a mode: 
         case 3: j = least | (bits & ~segment); p = j <= most; break;
       }
       if (!p) j = lane;
-      r[lane] = members >> (j & 31) & 1 ? a[j & 31] : 0xFDFDFDFD;  // from a lane outside the mask: undefined
+      r[lane] = members >> (j & 31) & 1 ? a[j & 31] : 0xFFFFFFFF;  // from a lane outside the mask: undefined
       valid |= static_cast<uint32_t>(p) << lane;
     }
     put(out<uint32_t>(c, in, 0), r, members);
@@ -145,7 +146,7 @@ Step activemask(Ctx& c, const Instr& in) {
 }
 
 Step bar_warp(Ctx& c, const Instr& in) {
-  return by_mask(c, src<uint32_t>(c, in, 0), [&](uint32_t) { if (Watch* watch = watch_of(*c.cta)) watch->warp_sync(*c.warp); });
+  return by_mask(c, src<uint32_t>(c, in, 0), [&](uint32_t members) { if (Watch* watch = watch_of(*c.cta)) watch->warp_sync(*c.warp, members); });
 }
 
 void need_sync(Decode& d) { if (!d.take("sync")) d.wrong("only the .sync form exists on these devices"); }

@@ -1,15 +1,13 @@
 // wgmma: products of a warpgroup from shared memory, asynchronous until wgmma.wait_group. PTX ISA 9.7.15.
 // Each warp computes its own 16 rows when it executes the instruction; wgmma.wait_group waits for the rows of all four.
-// Sums as in matrix.cpp.
+// Sums: products.h.
 #include <algorithm>
 
-#include "formats.h"
-#include "layout.h"
 #include "decode.h"
+#include "layout.h"
+#include "products.h"
 
 namespace dsv4::sim {
-
-float matrix_element(Type t, uint32_t word, int e);  // matrix.cpp
 
 namespace {
 struct Wgmma {
@@ -26,76 +24,69 @@ MatrixLayout layout_of(uint64_t d, bool k_major) {
   return {descriptor_field(d, 0), descriptor_field(d, 16), descriptor_field(d, 32), widths[d >> 62], k_major};
 }
 
-// rows x k elements as floats, [row][k]. Touches what it reads when a watch is on and `job` is given.
-void gather(Ctx& c, const MatrixLayout& m, Type t, int first_row, int rows, int k, bool negate, float* out_, const JobEntity* job) {
+// Calls f(shared address, index of its first element in the matrix as it lies, rows by k or k by rows) for its 16-byte pieces.
+template <class F> void each_piece(Ctx& c, const MatrixLayout& m, Type t, int first_row, int rows, int k, F f) {
   const int bytes = bits_of(t) / 8, outer = m.k_major ? rows : k, inner = (m.k_major ? k : rows) * bytes;
   const uint32_t base = c.cta->rank << 24;
   const int first = m.k_major ? 0 : first_row * bytes;
   for (int o = 0; o < outer; ++o) {
-    for (int b = 0; b < inner; b += 16) {
-      const uint32_t at = base | m.at(static_cast<uint32_t>(o + (m.k_major ? first_row : 0)), static_cast<uint32_t>(b + first));
-      const uint8_t* p = shared_at(c, at, 16, 16, Access::read, Space::shared);
-      if (job) { watch_of(*c.cta)->job_touch(c, *job, *c.cta, (at & 0xFFFFFF) - kSharedBase, 16, false, true); continue; }
-      for (int w = 0; w < 4; ++w) {
-        uint32_t word;
-        std::memcpy(&word, p + 4 * w, 4);
-        for (int e = 0; e < 4 / bytes; ++e) {
-          const int i = (b + 4 * w) / bytes + e;
-          const float v = matrix_element(t, word, e);
-          out_[m.k_major ? o * k + i : i * k + o] = negate ? -v : v;
-        }
-      }
-    }
+    for (int b = 0; b < inner; b += 16) f(base | m.at(static_cast<uint32_t>(o + (m.k_major ? first_row : 0)), static_cast<uint32_t>(b + first)), (o * inner + b) / bytes);
   }
 }
+void touch(Ctx& c, const MatrixLayout& m, Type t, int first_row, int rows, int k, const JobEntity& job) {
+  Watch::Access access(*watch_of(*c.cta), c, job, false, true, kAll);
+  each_piece(c, m, t, first_row, rows, k, [&](uint32_t at, int) {
+    shared_at(c, at, 16, 16, Access::read, Space::shared);
+    access.touch(*c.cta, (at & 0xFFFFFF) - kSharedBase, 16);
+  });
+}
+// The elements as they lie: [rows][k] if k-major, else [k][rows].
+template <class T> void gather(Ctx& c, const MatrixLayout& m, Type t, int first_row, int rows, int k, bool negate, T* to) {
+  each_piece(c, m, t, first_row, rows, k, [&](uint32_t at, int i) {
+    uint32_t words[4];
+    std::memcpy(words, shared_at(c, at, 16, 16, Access::read, Space::shared), 16);
+    unpack(t, words, 4, to + i);
+  });
+  for (int i = 0; negate && i < rows * k; ++i) to[i] = -to[i];
+}
 
-template <class Sum> void product(Ctx& c, const Wgmma& x, const int32_t* slots, uint8_t* regs, const MatrixLayout& la, const MatrixLayout& lb, bool add) {
+template <class T> void product(Ctx& c, const Wgmma& x, const int32_t* slots, uint8_t* regs, const MatrixLayout& la, const MatrixLayout& lb, bool add) {
   const int warp = static_cast<int>(c.warp->id % 4), n = x.n, k = x.k;
-  std::vector<float> a(static_cast<size_t>(16 * k)), bt(static_cast<size_t>(n * k));
+  alignas(64) T a[16 * 32], b[256 * 32], piece[256 * 32], sum[16 * 256];
   if (x.a_in_registers) {
     const int per = 32 / bits_of(x.a);
     for (int r = 0; r < 4; ++r) {
-      const auto* w = reinterpret_cast<const uint32_t*>(regs + slots[x.d_regs + r]);
+      T elements[32 * 4];
+      unpack(x.a, reinterpret_cast<const uint32_t*>(regs + slots[x.d_regs + r]), 32, elements);
       for (int l = 0; l < 32; ++l) {
-        for (int e = 0; e < per; ++e) {
-          const float v = matrix_element(x.a, w[l], e);
-          a[static_cast<size_t>((l / 4 + 8 * (r & 1)) * k + (l % 4 + 4 * (r >> 1)) * per + e)] = x.negate_a ? -v : v;
-        }
+        for (int e = 0; e < per; ++e) a[(l / 4 + 8 * (r & 1)) * k + (l % 4 + 4 * (r >> 1)) * per + e] = x.negate_a ? -elements[l * per + e] : elements[l * per + e];
       }
     }
-  } else gather(c, la, x.a, 16 * warp, 16, k, x.negate_a, a.data(), nullptr);
-  gather(c, lb, x.b, 0, n, k, x.negate_b, bt.data(), nullptr);
-  std::vector<Sum> b(static_cast<size_t>(k * n)), sum(static_cast<size_t>(16 * n), Sum(0));
-  for (int j = 0; j < n; ++j) for (int i = 0; i < k; ++i) b[static_cast<size_t>(i * n + j)] = static_cast<Sum>(bt[static_cast<size_t>(j * k + i)]);
+  } else {
+    gather(c, la, x.a, 16 * warp, 16, k, x.negate_a, la.k_major ? a : piece);
+    if (!la.k_major) transpose(piece, a, k, 16);
+  }
+  gather(c, lb, x.b, 0, n, k, x.negate_b, lb.k_major ? piece : b);
+  if (lb.k_major) transpose(piece, b, n, k);
   const auto reg = [&](int r) { return reinterpret_cast<uint32_t*>(regs + slots[r]); };
   const bool half = x.d == Type::f16;
-  for (int r = 0; add && r < x.d_regs; ++r) {
+  constexpr bool whole = std::is_integral_v<T>;  // integers: C is added behind, in 64 bits
+  const auto of_half = [&](int r, int l) { return sum + (l / 4 + 8 * (r & 1)) * n + r / 2 * 8 + l % 4 * 2; };
+  const auto of = [&](int r, int l) { return sum + (l / 4 + 8 * (r / 2 & 1)) * n + r / 4 * 8 + l % 4 * 2 + (r & 1); };
+  std::fill_n(sum, 16 * n, T(0));
+  for (int r = 0; add && !whole && r < x.d_regs; ++r) {
     for (int l = 0; l < 32; ++l) {
       const uint32_t w = reg(r)[l];
-      if (half) {
-        Sum* to = &sum[static_cast<size_t>((l / 4 + 8 * (r & 1)) * n + r / 2 * 8 + l % 4 * 2)];
-        for (int e = 0; e < 2; ++e) to[e] = static_cast<Sum>(value_of(Half{static_cast<uint16_t>(w >> (16 * e))}));
-      } else sum[static_cast<size_t>((l / 4 + 8 * (r / 2 & 1)) * n + r / 4 * 8 + l % 4 * 2 + (r & 1))] = x.d == Type::s32 ? static_cast<Sum>(static_cast<int32_t>(w)) : static_cast<Sum>(bit_cast<float>(w));
+      if (half) for (int e = 0; e < 2; ++e) of_half(r, l)[e] = static_cast<T>(accumulator(w >> (16 * e), x.d));
+      else *of(r, l) = static_cast<T>(accumulator(w, x.d));
     }
   }
-  for (int i = 0; i < 16; ++i) {
-    Sum* row = &sum[static_cast<size_t>(i * n)];
-    for (int q = 0; q < k; ++q) {
-      const Sum v = static_cast<Sum>(a[static_cast<size_t>(i * k + q)]);
-      const Sum* from = &b[static_cast<size_t>(q * n)];
-      for (int j = 0; j < n; ++j) row[j] += v * from[j];
-    }
-  }
+  multiply_add(a, b, sum, 16, n, k);
   for (int r = 0; r < x.d_regs; ++r) {
     for (int l = 0; l < 32; ++l) {
-      if (half) {
-        const Sum* s = &sum[static_cast<size_t>((l / 4 + 8 * (r & 1)) * n + r / 2 * 8 + l % 4 * 2)];
-        reg(r)[l] = half_bits(static_cast<double>(s[0])) | uint32_t{half_bits(static_cast<double>(s[1]))} << 16;
-        continue;
-      }
-      const Sum s = sum[static_cast<size_t>((l / 4 + 8 * (r / 2 & 1)) * n + r / 4 * 8 + l % 4 * 2 + (r & 1))];
-      if constexpr (std::is_same_v<Sum, int64_t>) reg(r)[l] = static_cast<uint32_t>(!x.saturate ? s : s > INT32_MAX ? INT32_MAX : s < INT32_MIN ? INT32_MIN : s);
-      else reg(r)[l] = bit_cast<uint32_t>(canonical(static_cast<float>(s)));
+      uint32_t& w = reg(r)[l];
+      if constexpr (whole) w = rounded_sum(*of(r, l), add ? static_cast<int32_t>(w) : 0, x.saturate);
+      else w = half ? rounded_sum(of_half(r, l)[0], x.d) | rounded_sum(of_half(r, l)[1], x.d) << 16 : rounded_sum(*of(r, l), x.d);
     }
   }
 }
@@ -127,22 +118,22 @@ Step multiply(Ctx& c, const Instr& in) {
   const bool alone = c.machine->options.strict;  // a warp's part may begin before the other warps come to theirs
   if (Watch* watch = watch_of(*c.cta)) {
     if (!alone) {
-      watch->release(*c.warp, whole->met);
-      if (!whole->unissued) watch->acquire(*c.warp, whole->met);
+      watch->release(*c.warp, kAll, whole->met);
+      if (!whole->unissued) watch->acquire(*c.warp, kAll, whole->met);
     }
     if (alone || !whole->unissued) {
-      if (!x.a_in_registers) gather(c, la, x.a, alone ? 16 * static_cast<int>(c.warp->id % 4) : 0, alone ? 16 : 64, x.k, false, nullptr, &whole->entity);
-      gather(c, lb, x.b, 0, x.n, x.k, false, nullptr, &whole->entity);
+      if (!x.a_in_registers) touch(c, la, x.a, alone ? 16 * static_cast<int>(c.warp->id % 4) : 0, alone ? 16 : 64, x.k, whole->entity);
+      touch(c, lb, x.b, 0, x.n, x.k, whole->entity);
     }
   }
   auto job = std::make_shared<JobState>();
   const std::shared_ptr<JobState> before = c.warp->last_product;  // products of a warp follow each other
   c.warp->last_product = job;
-  c.warp->products[0].open.push_back(whole);
+  c.warp->products.open.push_back({whole, whole->entity, kAll});
   c.warp->flights.push_back({c.regs, &in, x.d_regs, x.a_in_registers ? 4 : 0, job, {}});
   const auto ready = [before, alone, whole] { return (!before || before->done) && (alone || !whole->unissued); };
   submit(c, job, [&x, slots = in.op, regs = c.regs, la, lb, add = scale != 0, whole](Ctx& later) {
-    if (x.d == Type::s32) product<int64_t>(later, x, slots, regs, la, lb, add);
+    if (x.d == Type::s32) product<int32_t>(later, x, slots, regs, la, lb, add);
     else product<double>(later, x, slots, regs, la, lb, add);
     if (--whole->left) return;
     whole->done = true;
@@ -155,28 +146,17 @@ Step multiply(Ctx& c, const Instr& in) {
 Step fence(Ctx& c, const Instr&) { return c.mask == kAll || gathered(c, kAll) ? Step::next : Step::block; }
 Step commit(Ctx& c, const Instr&) {
   if (c.mask != kAll && !gathered(c, kAll)) return Step::block;
-  Groups& g = c.warp->products[0];
-  g.committed.push_back(std::move(g.open));
-  g.open.clear();
+  commit_group(c, c.warp->products);
   return Step::next;
 }
 Step wait(Ctx& c, const Instr& in) {
   if (c.mask != kAll && !gathered(c, kAll)) return Step::block;
-  Groups& g = c.warp->products[0];
-  for (size_t i = 0; i + in.a < g.committed.size(); ++i) {
-    for (const auto& job : g.committed[i]) {
-      if (job->done) continue;
-      c.blocked = c.mask;
-      c.why = "its groups of wgmma products (all four warps must execute them)";
-      return Step::block;
-    }
-  }
-  while (g.committed.size() > in.a) {
-    if (Watch* watch = watch_of(*c.cta)) for (const auto& job : g.committed.front()) watch->acquire(*c.warp, job->entity);
-    c.warp->flights.erase(c.warp->flights.begin(), c.warp->flights.begin() + static_cast<long>(g.committed.front().size()));
-    g.committed.pop_front();
-  }
-  return Step::next;
+  Groups& groups = c.warp->products;
+  const Step step = wait_groups(c, groups, in.a, "its groups of wgmma products (all four warps must execute them)");
+  size_t left = groups.open.size();
+  for (const Groups::Group& g : groups.committed) left += g.members.size();
+  c.warp->flights.erase(c.warp->flights.begin(), c.warp->flights.end() - static_cast<long>(left));
+  return step;
 }
 
 // Runs before an instruction that touches registers of products. Slots: those of the instruction; in.a: it copies registers.

@@ -75,7 +75,7 @@ def test_packed_boxes(kind, swizzle, corner):
     want[low - corner[1] : high - corner[1]] = codes[low:high, corner[0] : corner[0] + 128]
     pieces = packed_bits(want, int(kind[0])).reshape(8, 8, -1)  # of 16 elements
     if kind != "4 bits":
-        pieces = np.concatenate([pieces, np.full((8, 8, 16 - pieces.shape[2]), 0xFD, np.uint8)], 2)  # padding is nobody's: poison
+        pieces = np.concatenate([pieces, np.full((8, 8, 16 - pieces.shape[2]), 0xFF, np.uint8)], 2)  # padding is nobody's: poison
     linear = np.arange(pieces.size)
     mask, bit = {0: (0, 4), 64: (3, 4), 128: (7, 4), "128 in 32": (3, 5)}[swizzle]
     np.testing.assert_array_equal(seen[linear ^ (linear >> 7 & mask) << bit], pieces.ravel())

@@ -11,9 +11,9 @@ A = np.arange(1024, dtype=np.int32) * 7 % 1013
 
 
 def shape(kernel):
-    return {"reduce": dict(block=128), "exchange": dict(block=64), "copies": dict(block=64), "stages": dict(block=64), "stores": dict(block=128),
-            "peers": dict(grid=4, cluster=2), "habits": dict(block=64), "arrivals": dict(grid=2, cluster=2), "flag": dict(block=64),
-            "handover": dict(grid=5)}[kernel]  # fmt: skip
+    return {"reduce": dict(block=128), "exchange": dict(block=64), "halves": dict(block=64), "copies": dict(block=64), "warp_copies": dict(block=32), "handoff": dict(block=64),
+            "stages": dict(block=64), "stores": dict(block=128), "peers": dict(grid=4, cluster=2), "habits": dict(block=64),
+            "arrivals": dict(grid=2, cluster=2), "flag": dict(block=64), "handover": dict(grid=5)}[kernel]  # fmt: skip
 
 
 def wanted(kernel):
@@ -22,8 +22,14 @@ def wanted(kernel):
         d[:128] = A[:256].sum()
     elif kernel == "exchange":
         d[:64] = np.roll(A[:64].reshape(2, 32), -3, 1).ravel()
+    elif kernel == "halves":
+        d[:192] = (A[:64] + np.arange(3)[:, None]).ravel()
     elif kernel == "copies":
         d[:512] = np.roll(A[:512].reshape(2, 2, 128)[::-1], 1, 1).ravel()
+    elif kernel == "warp_copies":
+        d[:384] = A[:384].reshape(3, 128)[:, np.arange(128) ^ 5].ravel()
+    elif kernel == "handoff":
+        d[:96] = A[:96].reshape(3, 32)[:, ::-1].ravel()
     elif kernel == "stages":
         d[:384] = A[:384].reshape(6, 64)[:, ::-1].ravel()
     elif kernel == "stores":
@@ -47,7 +53,7 @@ def launch(kernel, defect, arch="sm_90a"):
     return d
 
 
-@pytest.mark.parametrize("kernel", ["reduce", "exchange", "copies", "stages", "stores", "peers", "arrivals", "flag", "handover"])
+@pytest.mark.parametrize("kernel", ["reduce", "exchange", "halves", "copies", "warp_copies", "handoff", "stages", "stores", "peers", "arrivals", "flag", "handover"])
 def test_correct_kernels_pass_under_every_schedule(kernel, monkeypatch):
     for schedule in [*SCHEDULES, *(f"schedule=random seed={seed}" for seed in range(100, 150))] if not sim.ON_DEVICE else SCHEDULES[:1]:
         monkeypatch.setenv("DSV4_SIM", schedule)
@@ -55,12 +61,15 @@ def test_correct_kernels_pass_under_every_schedule(kernel, monkeypatch):
 
 
 DEFECTS = [
-    ("reduce", 1, "no synchronisation|no bar.warp.sync"), ("reduce", 2, "no synchronisation|no bar.warp.sync"), ("exchange", 1, "no bar.warp.sync"), ("exchange", 2, "no bar.warp.sync"),
-    ("copies", 1, "has not been waited for"), ("copies", 2, "has not been waited for"), ("copies", 3, "waited for|no synchronisation"), ("stages", 1, "fence.mbarrier_init"),
+    ("reduce", 1, "no synchronisation|no bar.warp.sync"), ("reduce", 2, "no synchronisation|no bar.warp.sync"), ("exchange", 1, "no bar.warp.sync"), ("exchange", 2, "no bar.warp.sync"), ("halves", 1, "no bar.warp.sync"),
+    ("copies", 1, "has not been waited for"), ("copies", 2, "has not been waited for"), ("copies", 3, "waited for|no synchronisation|no bar.warp.sync"),
+    ("warp_copies", 1, "no bar.warp.sync"), ("warp_copies", 2, "no bar.warp.sync"), ("handoff", 1, "no synchronisation"), ("handoff", 2, "no synchronisation"),
+    ("handoff", 3, "no synchronisation"), ("handoff", 4, "no synchronisation"), ("stages", 8, "no synchronisation"), ("stages", 1, "fence.mbarrier_init"),
     ("stages", 2, "mbarrier.init|no mbarrier was initialised"), ("stages", 3, "hazard|expects only"), ("stages", 4, "has not been waited for|no synchronisation"),
     ("stages", 5, "no synchronisation"), ("stages", 6, "deadlock|hazard|expects|range"), ("stages", 7, "deadlock|hazard|expects"), ("stores", 1, "fence.proxy.async"),
-    ("stores", 2, "no synchronisation|fence.proxy.async|waited for|no bar.warp.sync"), ("stores", 3, "has not been waited for|no synchronisation"), ("stores", 4, "exits without waiting"),
-    ("peers", 1, "start of that CTA"), ("peers", 2, "no synchronisation|no bar.warp.sync"), ("peers", 3, "has exited|ends while"), ("arrivals", 1, "ends while|has exited"), ("arrivals", 2, "start of that CTA|mbarrier.init|no mbarrier was initialised"), ("flag", 1, "no synchronisation"), ("flag", 2, "no synchronisation"),
+    ("stores", 2, "no synchronisation|no bar.warp.sync|fence.proxy.async|waited for"), ("stores", 3, "has not been waited for|no synchronisation"), ("stores", 4, "exits without waiting"),
+    ("peers", 1, "start of that CTA"), ("peers", 2, "no synchronisation|no bar.warp.sync"), ("peers", 3, "has exited|ends while"), ("arrivals", 1, "ends while|has exited"),
+    ("arrivals", 2, "start of that CTA|mbarrier.init|no mbarrier was initialised"), ("flag", 1, "no synchronisation"), ("flag", 2, "no synchronisation"),
     ("handover", 1, "global memory: reads"), ("handover", 2, "global memory: writes"), ("handover", 3, "global memory: reads"),
 ]  # fmt: skip
 

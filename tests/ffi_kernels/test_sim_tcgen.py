@@ -33,7 +33,7 @@ def elements(kind, shape):
         codes = RNG.integers(0, 1 << bits, shape).astype(np.uint8)
         spread = (codes.reshape(*shape[:-1], -1, 16, 1) >> np.arange(bits) & 1).reshape(*shape[:-1], -1, 16 * bits)
         packed = np.packbits(spread, axis=-1, bitorder="little")
-        return codes.view(dtype).astype(float), np.concatenate([packed, np.full((*packed.shape[:-1], 16 - packed.shape[-1]), 0xFD, np.uint8)], -1).reshape(shape)
+        return codes.view(dtype).astype(float), np.concatenate([packed, np.full((*packed.shape[:-1], 16 - packed.shape[-1]), 0xFF, np.uint8)], -1).reshape(shape)
     codes = RNG.integers(0, 16, shape).astype(np.uint8)
     return E2M1[codes], codes[..., 0::2] | codes[..., 1::2] << 4
 

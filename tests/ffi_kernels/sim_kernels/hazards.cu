@@ -45,6 +45,15 @@ extern "C" __global__ void exchange(const __grid_constant__ Ints p) {
   }
   p.d[threadIdx.x] = v;
 }
+// Lanes that share a word, each with a half of its own. 1: reads the half of a lane of another word without __syncwarp.
+extern "C" __global__ void halves(const __grid_constant__ Ints p) {
+  __shared__ short s[64];
+  volatile int skip = p.n == 1 ? 2 : 0;
+  for (int k = 0; k < 3; ++k) {
+    s[threadIdx.x] = short(p.a[threadIdx.x] + k);
+    p.d[64 * k + threadIdx.x] = s[threadIdx.x ^ skip];
+  }
+}
 // cp.async. 1: no wait; 2: waits for one group too few; 3: no barrier after the wait.
 extern "C" __global__ void copies(const __grid_constant__ Ints p) {
   __shared__ __align__(16) int s[2][256];
@@ -57,8 +66,45 @@ extern "C" __global__ void copies(const __grid_constant__ Ints p) {
   if (p.n != 3) __syncthreads();
   for (int i = threadIdx.x; i < 512; i += 64) p.d[i] = s[1 - i / 256][i % 256 ^ 128];
 }
+// cp.async within a warp. 1: no __syncwarp after the wait; 2: none before the next copies.
+extern "C" __global__ void warp_copies(const __grid_constant__ Ints p) {
+  __shared__ __align__(16) int s[128];
+  for (int k = 0; k < 3; ++k) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(at(&s[4 * threadIdx.x])), "l"(p.a + 128 * k + 4 * threadIdx.x) : "memory");
+    asm volatile("cp.async.commit_group;\n cp.async.wait_group 0;" ::: "memory");
+    if (p.n != 1) __syncwarp();
+    for (int i = 0; i < 4; ++i) p.d[128 * k + 32 * i + threadIdx.x] = s[(32 * i + threadIdx.x) ^ 5];
+    if (p.n != 2) __syncwarp();
+  }
+}
+// A warp writes, another one reads, behind an mbarrier. 1: no __syncwarp before one lane arrives; 2: one lane waits for all
+// without __syncwarp; 3: half of the lanes arrive; 4: no __syncwarp between the reads and the arrival that frees the place.
+extern "C" __global__ void handoff(const __grid_constant__ Ints p) {
+  __shared__ int s[32];
+  __shared__ uint64_t full, empty;
+  if (threadIdx.x == 0) {
+    init(&full, p.n == 3 ? 16 : 1);
+    init(&empty, 1);
+  }
+  __syncthreads();
+  const int lane = threadIdx.x & 31;
+  for (int k = 0; k < 3; ++k) {
+    if (threadIdx.x < 32) {
+      if (k) wait(&empty, (k - 1) & 1);
+      s[lane] = p.a[32 * k + lane];
+      if (p.n != 1 && p.n != 3) __syncwarp();
+      if (lane < (p.n == 3 ? 16 : 1)) arrive(&full);
+    } else {
+      if (p.n != 2 || lane == 0) wait(&full, k & 1);
+      p.d[32 * k + lane] = s[31 - lane];
+      if (p.n != 4) __syncwarp();
+      if (lane == 0) arrive(&empty);
+    }
+  }
+}
 // Bulk loads into two stages. 1: no init fence; 2: no barrier after init; 3: waits for no phase before the second use; 4: the
-// consumer does not wait; 5: consumer's arrival comes before its read; 6: expects too few bytes; 7: wrong parity.
+// consumer does not wait; 5: consumer's arrival comes before its read; 6: expects too few bytes; 7: wrong parity; 8: no
+// __syncwarp before the arrival.
 extern "C" __global__ void stages(const __grid_constant__ Ints p) {
   __shared__ __align__(128) int s[2][64];
   __shared__ uint64_t full[2], empty[2];
@@ -80,7 +126,7 @@ extern "C" __global__ void stages(const __grid_constant__ Ints p) {
       if (p.n == 5 && lane == 0) arrive(&empty[k % 2]);
       p.d[64 * k + lane] = s[k % 2][63 - lane];
       p.d[64 * k + 32 + lane] = s[k % 2][31 - lane];
-      __syncwarp();
+      if (p.n != 8) __syncwarp();
       if (p.n != 5 && lane == 0) arrive(&empty[k % 2]);
     }
   }

@@ -1,0 +1,45 @@
+"""linear and experts: tiles of a CTA, teams, groups of tokens (cuda/linear.cu, cuda/experts.cu, include/expert_groups.cuh)."""
+
+from mutants import of
+
+LINEAR, EXPERTS = (f"ffi_kernels/native/cuda/{name}.cu" for name in ("linear", "experts"))
+GROUPS = "ffi_kernels/native/include/expert_groups.cuh"
+
+MUTANTS = [
+    *of(
+        LINEAR,
+        ("no barrier of the team before its sums are added", "    team.sync();  // the next tile", "    // the next tile", "linear nvfp4"),
+        ("sums of all tiles in one place", "    parity ^= 1;\n", "", "linear nvfp4 turns"),
+        ("no barrier before other teams take the place of the sums", "if (product >= 0) before.sync();  // some", "// some", "linear many turns"),
+        ("no barrier between the inputs and their use", "  __syncthreads();\n\n  Segment s;", "\n  Segment s;", "linear bf16"),
+        ("teams begin at the wrong tile", "tile = begin + team.index() - teams;", "tile = begin + team.index() - teams + 1;", "linear bf16"),
+        ("rows of another group", "row = (local - group * of.tiles) * kTileRows;", "row = local * kTileRows;", "linear grouped"),
+        ("a row behind the end of the output", "row >= s.rows.rows) continue;", "row > s.rows.rows) continue;", "linear ragged bf16"),
+        ("groups of the output overlap", "* of.groups + walk.group) * of.n + walk.row + row", "* of.groups) * of.n + walk.row + row", "linear grouped"),
+        ("the scale of another token", "space.factor[column], global)", "space.factor[0], global)", "linear nvfp4"),
+        ("the tile of the next CTA as well", "end(p.begin[part + 1])", "end(p.begin[part + 1] + 1)", "linear bf16"),
+    ),
+    *of(
+        EXPERTS,
+        ("up: no barrier of the team", "      team.sync();  // the next tile", "      // the next tile", "experts nvfp4"),
+        ("down: no barrier of the team", "      team.sync();  // the next job", "      // the next job", "experts nvfp4"),
+        ("up: no barrier before the inputs are replaced", "      __syncthreads();  // the columns before were read\n      const InputRows", "      const InputRows", "experts bf16, experts plain batches"),
+        ("down: no barrier before the inputs are replaced", "    __syncthreads();  // the columns before were read\n    stage.write", "    stage.write", "experts plain batches"),
+        ("up: no barrier between the inputs and their use", "      started = true;\n      __syncthreads();\n    }\n    const Columns", "      started = true;\n    }\n    const Columns", "experts nvfp4"),
+        ("down: no barrier before the sum over slots", "  __syncthreads();\n\n  for (int i = threadIdx.x; i < walk.tiles", "\n  for (int i = threadIdx.x; i < walk.tiles", "experts nvfp4"),
+        ("the shared expert is weighted, the routed ones are not", "if (kind == 0) h *=", "if (kind == 1) h *=", "experts bf16"),
+        ("the shared expert in the place of the last slot", ": member * (p.slots + 1) + p.slots;", ": member * (p.slots + 1) + p.slots - 1;", "experts bf16"),
+        ("rows behind the end of the output", "    if (d >= p.hidden) continue;\n", "", "experts ragged bf16"),
+        ("tiles and groups of a batch change places", "tile = job / count;", "tile = job % count;", "experts nvfp4"),
+        ("a CTA goes on with the next group's tiles", "limit = min(end, first_of(group + 1));", "limit = end;", "experts nvfp4, experts bf16"),
+        ("up of gate, gate of up", "float gate = finished(sum_partials(of_team, row", "float gate = finished(sum_partials(of_team + kTileWarps * kPartial, row", "experts bf16"),
+    ),
+    *of(
+        GROUPS,
+        ("no barrier between the experts of the slots and their count", "  __syncthreads();\n  int repeats", "  int repeats", "experts bf16"),
+        ("no barrier before the keys are read", "g.key[t] = expert + repeats * experts;\n  __syncthreads();", "g.key[t] = expert + repeats * experts;", "experts batches"),
+        ("no barrier at the end", "g.all = routed + of_shared;\n  __syncthreads();", "g.all = routed + of_shared;", "experts bf16"),
+        ("a group takes one token too many", "g.member[group][rank % columns]", "g.member[group][rank % (columns + 1)]", "experts batches"),
+        ("slots of weight zero count", "expert = g.weight[t] != 0.0f ? min", "expert = g.weight[t] >= 0.0f ? min", "experts ragged"),
+    ),
+]  # fmt: skip
