@@ -21,9 +21,10 @@ from typing import Any, Callable, Iterator
 
 from checkpoints import layout, matching, planning, transcode
 from checkpoints.journal import Journal
+from checkpoints.matrix import ValueProblem
 from checkpoints.planning import Plan, Task
 from checkpoints.reader import SHOWN_PROBLEMS, Source, SourceError, open_source, read_json
-from checkpoints.transcode import Report, ValueProblem
+from checkpoints.transcode import Report
 from dsv4_jax.precision import Recipe
 
 _BLOCK = 2**18  # bytes of a file that are hashed at a time: they stay in the cache
