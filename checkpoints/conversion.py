@@ -23,7 +23,7 @@ from checkpoints import layout, matching, planning, transcode
 from checkpoints.journal import Journal
 from checkpoints.matrix import ValueProblem
 from checkpoints.planning import Plan, Task
-from checkpoints.reader import SHOWN_PROBLEMS, Source, SourceError, open_source, read_json
+from checkpoints.reader import SHOWN_PROBLEMS, Source, SourceError, open_source, read_json_file
 from checkpoints.transcode import Report
 from dsv4_jax.precision import Recipe
 
@@ -98,15 +98,12 @@ def convert(
 
 def _tokenizer(source: Source) -> bytes | None:
     path = source.directory / "tokenizer.json"
-    if not path.exists():
-        return None
-    read_json(path)
-    return path.read_bytes()
+    return read_json_file(path, unique_keys=False)[1] if path.exists() else None
 
 
 def _fingerprint(source: Source, plan: Plan, tokenizer: bytes | None, allow_inexact: bool) -> dict[str, Any]:
     return {
-        "files": {name: [f.size, f.mtime_ns, f.header_sha256] for name, f in source.files.items()},
+        "files": {name: [f.size, f.mtime_ns, f.ctime_ns, f.header_sha256] for name, f in source.files.items()},
         "config": plan.config.to_json(), "recipe": dataclasses.asdict(plan.recipe), "split": plan.split,
         "chunks": [layout.SMALLEST_CHUNK, layout.LARGEST_CHUNK], "allow_inexact": allow_inexact,
         "tokenizer": tokenizer and hashlib.sha256(tokenizer).hexdigest(),
@@ -217,7 +214,7 @@ def _sha256(source: Source, file: str) -> str:
 def _unchanged(source: Source) -> None:
     for name, known in source.files.items():
         now = (source.directory / name).stat()
-        if (now.st_size, now.st_mtime_ns) != (known.size, known.mtime_ns):
+        if (now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (known.size, known.mtime_ns, known.ctime_ns):
             raise ValueError(f"{source.directory / name} changed while it was being converted; run the same command again.")
 
 
@@ -268,7 +265,7 @@ def _describe(source: Source, plan: Plan, journal: Journal, reports: dict[str, R
     conversion = {
         "source": {
             "files": {name: {"bytes": f.size, "sha256": journal.done[f"sha256 {name}"]} for name, f in source.files.items()},
-            "config_sha256": hashlib.sha256((source.directory / "config.json").read_bytes()).hexdigest(),
+            "config_sha256": source.config_sha256,
             "tokenizer_sha256": tokenizer and hashlib.sha256(tokenizer).hexdigest(),
             "tensors": len(source.tensors), "formats": {role: dict(sorted(found.items())) for role, found in sorted(published.items())},
             "left_out": {"tensors": len(dropped), "first": dropped[:5]},

@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 import checkpoints
 import dsv4_jax as dsv4
 import ffi_kernels as ops
-from checkpoints import load, save, store
+from checkpoints import layout, load, matching, save, store
 from dsv4_jax import RECIPES, TINY, params
 from dsv4_jax.sharding import Context
 
@@ -275,7 +275,12 @@ def test_unknown_recipe(stored):
         ("format_version", 2, "has format_version 2, but this package reads 1 only"),
         ("format_version", None, "has format_version None"),
         ("recipe", {"name": "bf16"}, "lacks the recipe or the files of the checkpoint"),
+        ("recipe", [field.name for field in dataclasses.fields(RECIPES["bf16"])], "lacks the recipe or the files of the checkpoint"),
         ("files", [], "lacks the recipe or the files of the checkpoint"),
+        ("files", {"weights/x": 5}, "lacks the recipe or the files of the checkpoint"),
+        ("files", {"weights/x": [-1.5, None]}, "lacks the recipe or the files of the checkpoint"),
+        ("files", {"weights/../config.json": [5, None]}, "lacks the recipe or the files of the checkpoint"),
+        ("files", {"/etc/passwd": [5, None]}, "lacks the recipe or the files of the checkpoint"),
     ],
 )
 def test_wrong_description(copy, field, value, expected):
@@ -284,6 +289,15 @@ def test_wrong_description(copy, field, value, expected):
     with pytest.raises(ValueError, match=re.escape(expected)) as error:
         load(copy)
     sentence(error)
+
+
+def test_the_largest_model_in_the_finest_chunks_may_be_described():
+    """Every file of the arrays has an entry in dsv4.json, whose size is limited."""
+    declared = matching.declared(dsv4.PRO).items()
+    stored = {path: layout.arrays_of(path, p.shape, p.axes, params.storage(p, RECIPES["official"]), split=64) for path, p in declared}
+    files = sum(array.chunk_count for arrays in stored.values() for array in arrays.values())
+    longest = len('    "weights/layers.60.ffn.shared_experts.w1.global_scale/63.63.63": [67108864, null],') + 20
+    assert 500_000 < files < store.MOST_FILES and files * longest < store.LARGEST_DESCRIPTION
 
 
 def test_any_damaged_file_is_named(copy):
