@@ -27,7 +27,6 @@ SMALL = dataclasses.replace(
     q_lora_rank=64, index_n_heads=2, o_lora_rank=32,
 )  # fmt: skip
 TOKENIZER = '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}}'
-convert_one = jax.jit(params.convert, static_argnums=1)
 
 
 @functools.cache
@@ -46,7 +45,7 @@ def numbers() -> dict:
 @functools.cache
 def small_model(recipe: str) -> dsv4.Model:
     recipe = RECIPES[recipe]
-    weights = params.map_params(lambda _, p, leaf: convert_one(leaf, params.storage(p, recipe)), SMALL, numbers())
+    weights = params.map_params(lambda _, p, leaf: params.convert(leaf, params.storage(p, recipe)), SMALL, numbers())
     return dsv4.Model(weights, SMALL, recipe)
 
 
@@ -124,7 +123,7 @@ def test_every_recipe_loads_from_every_other(stored, source, target):
         model = dsv4.load(stored(source), target)
 
     def expect(_, param, leaf):
-        return convert_one(leaf, params.storage(param, RECIPES[target]))
+        return params.convert(leaf, params.storage(param, RECIPES[target]))
 
     assert_same_bits(model.weights, params.map_params(expect, SMALL, small_model(source).weights))
     if (source, target) == ("official", "nvfp4"):
@@ -139,7 +138,7 @@ def test_formats_may_differ_from_tensor_to_tensor(tmp_path):
     assert description["formats"]["experts"] == ["mxfp4", "nvfp4"]
     model = load(tmp_path / "mixed", "nvfp4")
     assert_same_bits(model.weights["layers"], mixed["layers"])
-    expected = convert_one(mixed["mtp"]["ffn"]["experts"]["w1"], "nvfp4")
+    expected = params.convert(mixed["mtp"]["ffn"]["experts"]["w1"], "nvfp4")
     assert_same_bits(model.weights["mtp"]["ffn"]["experts"]["w1"], expected)
 
 
