@@ -22,6 +22,7 @@ from ffi_kernels.cases import Case
 COPIES_BYTES = 512 * 2**20  # of inputs that one program touches, several times any L2 cache
 MIN_COPIES, MAX_COPIES = 8, 24  # XLA makes a graph of five launches and more
 SECONDS_PER_CASE = 0.15
+NOT_HERE = "not here: "  # begins the verdict on a case that this machine lacks something for
 
 
 def kept(rows: Iterable[dict], path: str | None = None, limit_s: float | None = None) -> Iterator[dict]:
@@ -49,7 +50,7 @@ def chosen(models: str, only: str | None, backend: str) -> list[tuple[str, Case]
     if unknown:
         raise ValueError(f"there are no kernel cases for {', '.join(unknown)}; choose from {', '.join(cases.MODELS)}.")
     every = [(m, case) for m in models.split(",") for case in cases.all_cases(cases.MODELS[m])]
-    every = [(m, case) for m, case in every if dispatch.implements(backend, case.op)]
+    every = [(m, case) for m, case in every if dispatch.implements(backend, case.op) and case.arch in (None, backend)]
     try:
         found = [(m, case) for m, case in every if only is None or re.search(only, f"{m}/{case.name}")]
     except re.error as error:
@@ -65,8 +66,11 @@ def _inputs(case: Case, copies: int) -> list[tuple]:
 
 
 def check(case: Case, backend: str) -> dict:
-    """Run one case on `backend` and on `xla`; returns its verdict: 'ok', or what is wrong in a sentence."""
+    """Run one case on `backend` and on `xla`; returns its verdict: 'ok', 'not here: ...', or what is wrong in a sentence."""
     try:
+        with dispatch.backend(backend):
+            if (sentence := case.refusal()) is not None:
+                return {"verdict": f"{NOT_HERE}{sentence}"}
         inputs = _inputs(case, 1)[0]
         with dispatch.backend(backend):
             got = jax.block_until_ready(jax.jit(lambda *x: case.same(case.run(*x)))(*inputs))
@@ -134,7 +138,7 @@ def time_case(case: Case, backend: str, peers: bool = True) -> dict:
     with dispatch.backend(backend):
         took = seconds(case.run, inputs)
     read, flops = roofline()
-    floor = max(case.bytes / read, case.flops / flops)
+    floor = max(case.bytes / read, case.flops / flops / case.speed)
     row = {
         "time_us": 1e6 * took, "bandwidth_gbs": case.bytes / took / 1e9, "tflops": case.flops / took / 1e12,
         "roofline_percent": 100 * floor / took, "bytes": case.bytes,
@@ -152,6 +156,9 @@ def time_cases(models: str, only: str | None, backend: str, peers: bool = True) 
     for model, case in chosen(models, only, backend):
         row = {"model": model, "case": case.name, "rows": case.rows}
         try:
+            with dispatch.backend(backend):
+                if (sentence := case.refusal()) is not None:
+                    raise NotImplementedError(sentence)
             yield {**row, **time_case(case, backend, peers)}
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
             yield {**row, "error": str(error).strip().splitlines()[0][:300]}

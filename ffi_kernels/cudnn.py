@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 
-from ffi_kernels import library, vendor
+from ffi_kernels import library, matmul, vendor
 from ffi_kernels.tensor import NVFP4_BLOCK, NVFP4Tensor
 
 OP = "cudnn.nvfp4_matmul"
@@ -70,11 +70,11 @@ def why_not(shape: tuple[int, int, int] = PROBE) -> str | None:
 
 
 def nvfp4_matmul(x: NVFP4Tensor, w: NVFP4Tensor, dtype=jnp.bfloat16) -> jax.Array:
-    """x [M, K] times w [N, K] transposed -> [M, N]: the contract of `vendor.py`, in layouts linear or 'tcgen05' (untiled here).
+    """x [M, K] times w [N, K] transposed -> [M, N]: the contract of `matmul.py`, in layouts linear or 'tcgen05' (untiled here).
 
     NotImplementedError where `why_not` says so: it never dequantizes.
     """
-    if (refusal := why_not(vendor.check(OP, x, w, dtype))) is not None:
+    if (refusal := why_not(matmul.check(OP, x, w, dtype, vendor.LAYOUTS))) is not None:
         raise NotImplementedError(refusal)
     product = _product(x.data, w.data, vendor.linear_scales(x), vendor.linear_scales(w))
     return vendor.apply_global_scales(product, x, w, dtype)

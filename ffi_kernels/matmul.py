@@ -11,9 +11,11 @@ import jax.numpy as jnp
 
 from ffi_kernels.dispatch import current, implementation
 from ffi_kernels.launch import TensorMap, launch, native
-from ffi_kernels.layout import TCGEN05
+from ffi_kernels.layout import TCGEN05, TILE_BLOCKS, TILE_ROWS
 from ffi_kernels.linear import CTAS
-from ffi_kernels.tensor import NVFP4Tensor, require_layout
+from ffi_kernels.tensor import NVFP4_BLOCK, NVFP4Tensor, require_layout
+
+K_MULTIPLE, N_MULTIPLE = 32, 8  # 16 bytes of a row of elements, and of a row of a bf16 result, which TMA copies
 
 # Of the kernel. A CTA works on TILE rows of x at a time, a pair of CTAs on twice as many; a tile has TILE rows of w.
 TILE = 128
@@ -29,36 +31,47 @@ def nvfp4_matmul(x: NVFP4Tensor, w: NVFP4Tensor, dtype=jnp.bfloat16) -> jax.Arra
     Products of dequantized blocks are exact and accumulated in fp32; the sum times x's global scale (float32, one or [M, 1]) and
     then times w's (one) is rounded once to dtype, float32 or bfloat16. TypeError for other formats; ValueError for other layouts,
     shapes or dtypes, K that is not a multiple of 32 or N that is not one of 8 (rows of 16 bytes, which TMA copies);
-    NotImplementedError on sm_90a, whose tensor cores know no FP4.
+    NotImplementedError on sm_90a, whose tensor cores know no FP4. `vendor.py` has the products that NVIDIA maintains.
     """
-    for name, t in (("x", x), ("w", w)):
-        if not isinstance(t, NVFP4Tensor):
-            raise TypeError(f"nvfp4_matmul multiplies two NVFP4Tensors, but {name} is a {type(t).__name__}; quantize it first.")
-    require_layout("nvfp4_matmul", x, w, accepted=(TCGEN05,))
-    if len(x.shape) != 2 or len(w.shape) != 2 or x.shape[1] != w.shape[1]:
-        raise ValueError(f"nvfp4_matmul takes x [M, K] and w [N, K], got {x.shape} and {w.shape}.")
+    check("nvfp4_matmul", x, w, dtype, accepted=(TCGEN05,))
+    return implementation("nvfp4_matmul")(x, w, dtype)
+
+
+def check(op: str, x: NVFP4Tensor, w: NVFP4Tensor, dtype, accepted: tuple[str, ...]) -> tuple[int, int, int]:
+    """(M, N, K) of a product by the contract of `nvfp4_matmul`, in one of the accepted layouts. TypeError or ValueError for anything else."""
+    for name, tensor in (("x", x), ("w", w)):
+        if not isinstance(tensor, NVFP4Tensor):
+            raise TypeError(f"{op} multiplies two NVFP4Tensors, but {name} is a {type(tensor).__name__}; quantize it first.")
+    require_layout(op, x, w, accepted=accepted)
+    if len(x.shape) != 2 or len(w.shape) != 2 or x.shape[1] != w.shape[1] or not min(*x.shape, *w.shape):
+        raise ValueError(f"{op} takes x [M, K] and w [N, K] with at least one row each, got {x.shape} and {w.shape}.")
     (rows, k), columns = x.shape, w.shape[0]
-    if min(rows, k, columns) < 1:
-        raise ValueError(f"nvfp4_matmul got an empty x {x.shape} or w {w.shape}; M, N and K are at least 1.")
-    if k % 32 or columns % 8:
-        raise ValueError(
-            f"nvfp4_matmul takes K a multiple of 32 and N a multiple of 8, not K = {k} and N = {columns}; pad them, or use linear."
-        )
+    if k % K_MULTIPLE or columns % N_MULTIPLE:
+        raise ValueError(f"{op} takes K a multiple of {K_MULTIPLE} and N of {N_MULTIPLE}, not K = {k} and N = {columns}; pad them, or use linear.")
     if x.global_scale.shape not in ((), (rows, 1)) or w.global_scale.shape != ():
         raise ValueError(
-            f"nvfp4_matmul takes one global scale of x or [M, 1] = [{rows}, 1] of them, and one of w, "
+            f"{op} takes one global scale of x or [M, 1] = [{rows}, 1] of them, and one of w, "
             f"got {x.global_scale.shape} and {w.global_scale.shape}."
         )
-    for name, t in (("x", x), ("w", w)):
-        wanted = (-(-t.shape[0] // TILE), -(-k // MULTIPLY_K), 512)
-        if t.scale.shape != wanted or [a.dtype for a in (t.data, t.scale, t.global_scale)] != [jnp.uint8, jnp.uint8, jnp.float32]:
+    for name, tensor in (("x", x), ("w", w)):  # kernels that are handed addresses read what the shapes promise
+        shape, dtype_of_scales = scales_of(tensor)
+        dtypes = [jnp.dtype(a.dtype).name for a in (tensor.data, tensor.scale, tensor.global_scale)]
+        if tensor.scale.shape != shape or dtypes != ["uint8", dtype_of_scales, "float32"]:
             raise ValueError(
-                f"nvfp4_matmul takes {name} as uint8 data, uint8 scales {wanted} and float32 global scales, got {t.data.dtype.name} data, "
-                f"{t.scale.dtype.name} scales {t.scale.shape} and {t.global_scale.dtype.name} global scales; make it by layout.pack_tcgen05."
+                f"{op} takes {name} in layout {tensor.layout!r} as uint8 data, {dtype_of_scales} scales {shape} and float32 global scales, "
+                f"got {dtypes[0]}, {dtypes[1]} {tensor.scale.shape} and {dtypes[2]}; quantize it, and pack what one device holds."
             )
     if dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"nvfp4_matmul returns float32 or bfloat16, not {jnp.dtype(dtype).name}.")
-    return implementation("nvfp4_matmul")(x, w, dtype)
+        raise ValueError(f"{op} returns float32 or bfloat16, not {jnp.dtype(dtype).name}.")
+    return rows, columns, k
+
+
+def scales_of(tensor: NVFP4Tensor) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of the block scales that a tensor [rows, K] has in its layout."""
+    rows, k = tensor.shape
+    if tensor.layout == TCGEN05:
+        return (-(-rows // TILE_ROWS), -(-k // (TILE_BLOCKS * NVFP4_BLOCK)), TILE_ROWS * TILE_BLOCKS), "uint8"
+    return (rows, k // NVFP4_BLOCK), "float8_e4m3fn"
 
 
 def ctas_of_a_tile(rows: int, columns: int, ctas: int) -> int:

@@ -1,8 +1,8 @@
 """XLA's CUDA compiler on a machine without a GPU: what becomes of the implementations of `vendor.py` when XLA is done with them.
 
 JAX compiles for a device that is only described ("compile-only", jax.experimental.topologies) where it finds its CUDA plugin, which
-needs ptxas for that, and neither a driver nor NVIDIA's libraries. `compiled` runs this file as a program in a process of its own, because
-JAX looks for plugins once, and the suite should not have this one. Nothing is executed.
+needs ptxas for that, and neither a driver nor NVIDIA's libraries. `answer` runs a program in a process of its own, because JAX looks
+for plugins once, and the suite should not have this one. Nothing is executed. The decode step: `step_compiler.py`.
 """
 
 import functools
@@ -33,25 +33,30 @@ def missing() -> str | None:
     return f"needs XLA's CUDA compiler, which comes with the CUDA plugin of jax; {INSTALL} (no GPU needed)."
 
 
-@functools.cache
-def compiled(implementation: str) -> dict:
-    """{device: {"refusal": sentence or None, "whole": optimized HLO, "ragged": optimized HLO}} of 'cute' or 'cudnn'."""
+def answer(program: str, *arguments: str, backend: str) -> dict:
+    """What a program of tests/ prints as JSON in its last line, run where XLA's CUDA compiler is found, for a native backend."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(PLUGIN), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, __file__, implementation], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "DSV4_BACKEND": "sm_100a"},
+        [sys.executable, str(ROOT / "tests" / program), *arguments], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "DSV4_BACKEND": backend},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@functools.cache
+def compiled(implementation: str) -> dict:
+    """{device: {"refusal": sentence or None, "whole": optimized HLO, "ragged": optimized HLO}} of 'cute' or 'cudnn'."""
+    return answer("gpu_compiler.py", implementation, backend="sm_100a")
+
+
 def described(capability: int, cudnn: int):
-    """A compile-only CUDA device; what XLA wants to know of it is roughly a B200."""
+    """A compile-only CUDA device; what XLA wants to know of it is roughly a B200, or an H200."""
     from jax.experimental import topologies
 
     description = f"""
         gpu_device_info {{
-          name: "described" threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048 core_count: 148
+          name: "described" threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048 core_count: {148 if capability == 10 else 132}
           fpus_per_core: 128 registers_per_core_limit: 65536 registers_per_block_limit: 65536 clock_rate_ghz: 1.9
           shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
           memory_bandwidth: 8000000000000 l2_cache_size: 132644864 device_memory_size: 191514411008 device_address_bits: 64

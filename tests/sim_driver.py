@@ -107,8 +107,9 @@ def ptx(name: str, arch: str = "sm_90a", extra: tuple[str, ...] = ()) -> pathlib
 
 TYPES = {  # of cuTensorMapEncodeTiled
     "uint8": 0, "uint16": 1, "uint32": 2, "int32": 3, "uint64": 4, "int64": 5, "float16": 6, "float32": 7, "float64": 8, "bfloat16": 9,
-    "float32_ftz": 10, "tfloat32": 11, "tfloat32_ftz": 12,
+    "float32_ftz": 10, "tfloat32": 11, "tfloat32_ftz": 12, "4 bits": 13, "4 bits, 16 to 16 bytes": 14, "6 bits, 16 to 16 bytes": 15,
 }  # fmt: skip
+SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3, "128 in 32": 4}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,22 +118,23 @@ class TensorMap:
 
     array: np.ndarray
     box: tuple[int, ...]
-    swizzle: int  # bytes
+    swizzle: int | str  # bytes
     fill_nan: bool
     element_strides: tuple[int, ...]
     type: int
+    dims: tuple[int, ...]  # innermost first
 
     @property
     def said(self) -> str:
-        return f"{self.array.shape} {self.array.strides} {self.box} {self.swizzle} {self.fill_nan} {self.element_strides} {self.type}"
+        return f"{self.array.shape} {self.array.strides} {self.box} {self.swizzle} {self.fill_nan} {self.element_strides} {self.type} {self.dims}"
 
     def encoded(self, address: int) -> bytes:
         rank, raw = self.array.ndim, ctypes.create_string_buffer(192)
         at = (ctypes.addressof(raw) + 63) // 64 * 64
-        dims = (ctypes.c_uint64 * rank)(*self.array.shape[::-1])
+        dims = (ctypes.c_uint64 * rank)(*self.dims)
         pitch = (ctypes.c_uint64 * max(1, rank - 1))(*self.array.strides[::-1][1:])
         numbers = (ctypes.c_uint32 * rank)(*self.box), (ctypes.c_uint32 * rank)(*self.element_strides)
-        swizzle = {0: 0, 32: 1, 64: 2, 128: 3}[self.swizzle]
+        swizzle = SWIZZLES[self.swizzle]
         if ON_DEVICE:
             import sim_device
 
@@ -146,9 +148,13 @@ class TensorMap:
         return ctypes.string_at(at, 128)
 
 
-def tensor_map(array: np.ndarray, box, *, swizzle: int = 0, fill_nan: bool = False, element_strides=None, type_: str | None = None) -> TensorMap:
-    """A tensor map over an array, contiguous along its last axis; `box` and strides count from the innermost dimension; swizzle in bytes."""
-    made = TensorMap(array, tuple(box), swizzle, fill_nan, tuple(element_strides or [1] * array.ndim), TYPES[type_ or array.dtype.name])
+def tensor_map(array: np.ndarray, box, *, swizzle: int | str = 0, fill_nan: bool = False, element_strides=None, type_: str | None = None, dims=None) -> TensorMap:
+    """A tensor map over an array, contiguous along its last axis; `box` and strides count from the innermost dimension; swizzle in bytes.
+
+    `dims`: the dimensions, innermost first, where elements of the type are not those of the array (packed 4-bit types).
+    """
+    steps = tuple(element_strides or [1] * array.ndim)
+    made = TensorMap(array, tuple(box), swizzle, fill_nan, steps, TYPES[type_ or array.dtype.name], tuple(dims or array.shape[::-1]))
     if not ON_DEVICE:
         made.encoded(array.ctypes.data)  # refuses at once what cannot be
     return made
@@ -226,6 +232,12 @@ def poisoned(n, kind=np.int32):
 
 def launch(kernel, args, module="warps", **how):
     run(ptx(module), kernel, args, **how)
+
+
+def core_tiles(rows_bytes):
+    """[rows, 32 bytes] to the k-major layout without swizzle: 8 x 16-byte cores, rows by 128 bytes, then the second half."""
+    rows = rows_bytes.shape[0]
+    return np.ascontiguousarray(rows_bytes.reshape(rows // 8, 8, 2, 16).transpose(2, 0, 1, 3)).reshape(-1)
 
 
 def assert_same(got, want, inputs=None):

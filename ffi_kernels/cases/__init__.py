@@ -48,7 +48,9 @@ class Case:
     the op on the current backend. same(outputs) reduces both results to what must agree, by default everything.
     bytes and flops are what the op cannot do without: each input read once, each output written once.
     bounds: name of the entry of `compare.BOUNDS` that both results must keep. peer: the same work by XLA's libraries
-    from the same inputs, for the benchmark, or None. rows: tokens of the step, R.
+    from the same inputs, for the benchmark, or None. rows: tokens of the step, R. speed: how many times the FLOP of a bf16 product
+    the tensor cores do with these operands in the same time. arch: the only native backend that it is a case of, or None.
+    refusal() -> a sentence where it cannot run, or None.
     """
 
     name: str
@@ -61,6 +63,9 @@ class Case:
     rows: int = 1
     same: Callable[[Any], Any] = lambda outputs: outputs
     peer: Callable[..., Any] | None = None
+    speed: int = 1
+    arch: str | None = None
+    refusal: Callable[[], str | None] = lambda: None
 
 
 def all_cases(shapes: Shapes) -> list[Case]:

@@ -22,7 +22,7 @@ import importlib.metadata
 import jax
 import jax.numpy as jnp
 
-from ffi_kernels import vendor
+from ffi_kernels import matmul, vendor
 from ffi_kernels.tensor import NVFP4Tensor
 
 OP = "cute.nvfp4_matmul"
@@ -68,7 +68,7 @@ def block_scaled_product(x: NVFP4Tensor, w: NVFP4Tensor, dtype) -> jax.Array:
     Layouts linear (tiled here) or 'tcgen05'. NotImplementedError where `why_not` says so or N is not a multiple of 32;
     TypeError or ValueError for what `nvfp4_matmul` refuses.
     """
-    rows, columns, _ = vendor.check(OP, x, w, dtype)
+    rows, columns, _ = matmul.check(OP, x, w, dtype, vendor.LAYOUTS)
     if (refusal := why_not()) is not None:
         raise NotImplementedError(refusal)
     if columns % MULTIPLE:
@@ -83,9 +83,9 @@ def block_scaled_product(x: NVFP4Tensor, w: NVFP4Tensor, dtype) -> jax.Array:
 
 
 def nvfp4_matmul(x: NVFP4Tensor, w: NVFP4Tensor, dtype=jnp.bfloat16) -> jax.Array:
-    """x [M, K] times w [N, K] transposed -> [M, N]: the contract of `vendor.py`; refuses what `block_scaled_product` refuses.
+    """x [M, K] times w [N, K] transposed -> [M, N]: the contract of `matmul.py`; refuses what `block_scaled_product` refuses.
 
     The operator writes fp32, for the global scales must come before the rounding; XLA applies them in one more kernel.
     """
-    vendor.check(OP, x, w, dtype)
+    matmul.check(OP, x, w, dtype, vendor.LAYOUTS)
     return vendor.apply_global_scales(block_scaled_product(x, w, jnp.float32), x, w, dtype)

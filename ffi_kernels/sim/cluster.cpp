@@ -1,4 +1,5 @@
-// Clusters: their barrier, mapa, getctarank, st.async and red.async to other CTAs' shared memory. PTX ISA 9.7.13.3, 9.7.9.12 ff.
+// Clusters: their barrier, mapa, getctarank, st.async and red.async to other CTAs' shared memory, clusterlaunchcontrol.
+// PTX ISA 9.7.13.3, 9.7.13.17, 9.7.13.18, 9.7.9.12 ff.
 #include "atomic.h"
 
 namespace dsv4::sim {
@@ -18,7 +19,7 @@ Step arrive(Ctx& c, const Instr& in) {
     ++cluster.arrived;
   }
   c.machine->progress = c.machine->instructions;
-  if (cluster.watch) in.b ? cluster.watch->release_relaxed(*c.warp, cluster.next) : cluster.watch->release(*c.warp, cluster.next);
+  if (cluster.watch) in.b && c.machine->options.strict ? cluster.watch->release_relaxed(*c.warp, cluster.next) : cluster.watch->release(*c.warp, cluster.next);
   if (cluster.arrived == cluster.live_threads) {
     cluster.done = cluster.next;
     cluster.next.clear();
@@ -146,6 +147,100 @@ void decode_remote(Decode& d, bool reduce) {
   *d.extra<Remote>() = k;
   d.in.run = remote;
 }
+
+// What a request to cancel the launch of a cluster is answered with; opaque to programs, which ask query_cancel.
+struct Answer { uint32_t canceled, first[3]; };
+struct Cancel { bool multicast, wide_to, wide_barrier; int64_t to, barrier; };
+Step try_cancel(Ctx& c, const Instr& in) {  // slots: address, barrier
+  const Cancel& k = *static_cast<const Cancel*>(in.extra);
+  note(c, in);
+  for (int l = 0; l < 32; ++l) {
+    if (!(c.mask >> l & 1)) continue;
+    if (c.cta->launches_over) fail("asks to cancel another cluster after it was told that none is left");
+    const uint32_t to = shared_offset(where(c, in, 0, k.wide_to, k.to, l)), signal = shared_offset(where(c, in, 1, k.wide_barrier, k.barrier, l));
+    auto job = std::make_shared<JobState>();
+    Watch* watch = watch_of(*c.cta);
+    if (watch) job->entity = watch->begin(c);
+    struct Target { uint8_t* to; Mbarrier* signal; };
+    std::vector<Target> targets;
+    for (uint32_t r = 0; r < c.cta->cluster->ctas.size(); ++r) {
+      if (!k.multicast && r != c.cta->rank) continue;
+      if (!c.cta->cluster->ctas[r]->live_threads) fail("CTA %u of the cluster has ended; the answer is sent to all of them", r);
+      const uint32_t at = (to & 0xFFFFFF) | r << 24;
+      targets.push_back({shared_at(c, at, 16, 16, Access::write, Space::cluster), &mbarrier_at(c, (signal & 0xFFFFFF) | r << 24, Space::cluster)});
+      if (watch) watch->job_touch(c, job->entity, cta_of(c, at), (at & 0xFFFFFF) - kSharedBase, 16, true, true);
+    }
+    submit(c, job, [targets = std::move(targets), entity = job->entity, watched = watch != nullptr](Ctx& later) {
+      Machine& m = *later.machine;
+      Answer answer{m.next_cluster < m.total_clusters, {}};
+      if (answer.canceled) {
+        const uint64_t index = m.next_cluster++;
+        const uint64_t id[] = {index % m.clusters[0], index / m.clusters[0] % m.clusters[1], index / m.clusters[0] / m.clusters[1]};
+        for (int i = 0; i < 3; ++i) answer.first[i] = static_cast<uint32_t>(id[i]) * m.cluster_dims[i];
+      }
+      for (const Target& t : targets) {
+        std::memcpy(t.to, &answer, sizeof answer);
+        if (watched) Watch::release_job(t.signal->next, entity);
+        mbarrier_tx(m, *t.signal, -16);
+      }
+    });
+  }
+  return Step::next;
+}
+// Slots: predicate or coordinates, answer. in.a: first coordinate; in.b: how many, 0: is_canceled
+Step query_cancel(Ctx& c, const Instr& in) {
+  const bool asks = in.b == 0;
+  uint32_t canceled = 0;
+  for (int l = 0; l < 32; ++l) {
+    if (!(c.mask >> l & 1)) continue;
+    Answer answer;
+    std::memcpy(&answer, src<uint8_t>(c, in, asks ? 1 : in.b) + 16 * l, sizeof answer);
+    if (answer.canceled > 1) fail("asks what became of a request to cancel a cluster, but 0x%x... is no answer to one", answer.canceled);
+    if (asks && !answer.canceled) c.cta->launches_over = true;
+    canceled |= answer.canceled << l;
+    if (!asks && !answer.canceled) fail("asks for the CTA of a cluster that was not canceled");
+    for (int i = 0; i < in.b; ++i) out<uint32_t>(c, in, i)[l] = answer.first[(in.a + i) % 3];
+  }
+  if (asks) put_pred(c, in, 0, canceled);
+  return Step::next;
+}
+void decode_launch_control(Decode& d) {
+  if (d.must({"try_cancel", "query_cancel"}) == 0) {
+    Cancel k{};
+    d.must({"async"});
+    d.take("shared::cta");
+    d.must({"mbarrier::complete_tx::bytes"});
+    k.multicast = d.take("multicast::cluster::all");
+    d.must({"b128"});
+    k.wide_to = d.memory(0);
+    k.to = d.in.imm;
+    k.wide_barrier = d.memory(1);
+    k.barrier = d.in.imm;
+    *d.extra<Cancel>() = k;
+    d.in.run = try_cancel;
+    return;
+  }
+  const int what = d.must({"is_canceled", "get_first_ctaid", "get_first_ctaid::x", "get_first_ctaid::y", "get_first_ctaid::z"});
+  if (what == 0) {
+    d.must({"pred"});
+    d.dst(0, Type::pred);
+  } else if (what == 1) {
+    d.must({"v4"});
+    d.must({"b32"});
+    const Arg& v = d.arg(0);
+    if (v.kind != Arg::vector || v.parts.size() != 4) d.wrong("needs a vector of 4 registers");
+    for (const Arg& a : v.parts) d.dst(a, Type::b32);
+    d.in.b = 4;
+  } else {
+    d.must({"b32"});
+    d.dst(0, Type::b32);
+    d.in.a = static_cast<uint16_t>(what - 2);
+    d.in.b = 1;
+  }
+  d.must({"b128"});
+  d.src(1, Type::b128);
+  d.in.run = query_cancel;
+}
 }  // namespace
 
 void store_async(Decode& d) { decode_remote(d, false); }
@@ -168,6 +263,7 @@ void add_cluster(Decoders& t) {
     d.dst(0, x); d.src(1, x); d.src(2, Type::b32);
     d.in.run = mapa;
   };
+  t["clusterlaunchcontrol"] = decode_launch_control;
   t["getctarank"] = [](Decode& d) {
     d.take("shared::cluster");
     const Type x = d.type();

@@ -260,6 +260,7 @@ namespace {
 void decode_function(Function& f, const Module& m) {
   std::map<std::pair<uint64_t, int>, int32_t> pool;
   std::vector<size_t> starts, code_of(f.statements.size() + 1);
+  const std::vector<bool> of_products = product_registers(f);
   const auto append = [&](Instr in, const std::vector<int32_t>& slots, size_t raw) {
     if (slots.size() > 255) fail("PTX line %u: an instruction has more than 255 operands.", f.statements[raw].line);
     in.count = static_cast<uint8_t>(slots.size());
@@ -282,6 +283,7 @@ void decode_function(Function& f, const Module& m) {
     }
     it->second(d);
     d.finish();
+    if (!of_products.empty()) guard_products(d, of_products);
     for (const Decode::Prelude& p : d.before) append(p.in, p.slots, i);
     append(d.in, d.slots, i);
   }

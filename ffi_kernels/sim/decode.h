@@ -83,6 +83,9 @@ void async_copy(Decode& d);      // async.cpp: cp.async
 void bulk_copy(Decode& d, bool reduce);  // bulk.cpp: cp.async.bulk, cp.reduce.async.bulk
 void tensor_copy(Decode& d, bool reduce, bool prefetch);  // tma.cpp
 
+std::vector<bool> product_registers(const Function& f);             // wgmma.cpp: by register, those of wgmma products and their copies
+void guard_products(Decode& d, const std::vector<bool>& registers);  // an access of them waits for products that are not done
+
 inline bool wide_type(Type t) { return bits_of(t) > 32; }
 
 }  // namespace dsv4::sim

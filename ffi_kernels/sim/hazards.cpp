@@ -7,8 +7,8 @@
 
 namespace dsv4::sim {
 
-Watch::Watch(uint32_t ctas, uint32_t warps_per_cta, uint32_t words)
-    : warps_(warps_per_cta), words_(words), threads_(ctas * warps_per_cta), cells_(ctas), remote_(ctas), gone_(ctas) {
+Watch::Watch(uint32_t ctas, uint32_t warps_per_cta, uint32_t words, bool strict)
+    : warps_(warps_per_cta), words_(words), strict_(strict), threads_(ctas * warps_per_cta), cells_(ctas), remote_(ctas), gone_(ctas) {
   for (uint32_t e = 0; e < threads_.size(); ++e) threads_[e].order.seen.raise(e, 2);
 }
 
@@ -77,7 +77,7 @@ void Watch::touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind,
     const auto conflicts = [&](const Mark& m) {
       if (!m.entity || !(m.bytes & mask) || (strong && m.strong)) return false;
       if (!before(m)) return true;
-      return m.entity - 1u == self && m.lane != lane && m.sync == me.sync && m.raw != raw;
+      return strict_ && m.entity - 1u == self && m.lane != lane && m.sync == me.sync && m.raw != raw;
     };
     const auto why = [&](const Mark& m) {
       return m.entity - 1u == self ? ", another lane of the same warp, with no bar.warp.sync between" : m.entity > threads_.size() ? ", and whose end has not been waited for" : ", with no synchronisation between";
@@ -157,7 +157,7 @@ void Watch::job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, u
   if (&cta != c.cta) reach(c, cta, job.entity, job.clock, "an asynchronous access of");
   // One lane issues what other lanes of its warp have prepared; where all issue together, each may mean its own.
   const int lane = c.mask & (c.mask - 1) ? -1 : __builtin_ctz(c.mask);
-  const auto of_another_lane = [&](const Mark& m) { return lane >= 0 && m.entity - 1u == self && m.lane != lane && m.sync == me.sync; };
+  const auto of_another_lane = [&](const Mark& m) { return strict_ && lane >= 0 && m.entity - 1u == self && m.lane != lane && m.sync == me.sync; };
   for (uint32_t word = offset / 4; word < (offset + bytes + 3) / 4; ++word) {
     Cell& x = cell(cta, word);
     const auto before = [&](const Mark& m) {
@@ -210,12 +210,10 @@ void Watch::acquire(Warp& w, const JobEntity& job) {
   me.order.proxy.raise(job.entity, job.clock);
 }
 void Watch::release_observed(Warp& w, Order& into) {
-  const Order& order = threads_[entity_of(w)].order;
-  for (uint32_t e = 0; e < job_clock_.size(); ++e) {
-    const auto entity = e + static_cast<uint32_t>(threads_.size());
-    if (const uint32_t clock = order.seen.at(entity)) into.seen.raise(entity, clock);
-    if (const uint32_t clock = order.proxy.at(entity)) into.proxy.raise(entity, clock);
-  }
+  const uint32_t self = entity_of(w);
+  Order known = threads_[self].order;
+  known.seen.set(self, known.proxy.at(self));  // its own accesses up to the last fence.proxy.async
+  into.join(known);
 }
 void Watch::fence_job(Warp& w, const JobEntity& job) {
   Thread& me = threads_[entity_of(w)];

@@ -32,6 +32,7 @@ class Clock {
     if (o.v_.size() > v_.size()) v_.resize(o.v_.size(), 0);
     for (size_t i = 0; i < o.v_.size(); ++i) if (v_[i] < o.v_[i]) v_[i] = o.v_[i];
   }
+  void set(uint32_t e, uint32_t c) { raise(e, c); v_[e] = c; }
   void clear() { v_.clear(); }
 
  private:
@@ -66,7 +67,7 @@ enum class Touch : uint8_t { read, write, strong_read, strong_write, atomic };
 
 class Watch {
  public:
-  Watch(uint32_t ctas, uint32_t warps_per_cta, uint32_t words);
+  Watch(uint32_t ctas, uint32_t warps_per_cta, uint32_t words, bool strict);
   // Accesses of threads.
   void touch(Ctx& c, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind, int lane);
   // Asynchronous operations: begun by the warp of `c`; async_proxy is false for cp.async (not bulk).
@@ -76,7 +77,7 @@ class Watch {
   void job_touch(Ctx& c, const JobEntity& job, Cta& cta, uint32_t offset, uint64_t bytes, bool write, bool async_proxy);
   void finish(const JobEntity& job) { free_.push_back(job.entity); }
   void acquire(Warp& w, const JobEntity& job);
-  void release_observed(Warp& w, Order& into);  // what the warp knows to be over of asynchronous operations, which come before its own
+  void release_observed(Warp& w, Order& into);  // what asynchronous operations that the warp issues now can rely on
   void fence_job(Warp& w, const JobEntity& job);  // relaxed arrivals tell of the job too, as far as the warp knows it to be over
   static void release_job(Order& into, const JobEntity& job) { into.seen.raise(job.entity, job.clock); into.proxy.raise(job.entity, job.clock); }
   // Synchronisation of warps.
@@ -108,6 +109,7 @@ class Watch {
   void reach(Ctx& c, const Cta& cta, uint32_t entity, uint32_t clock, const char* what);  // another CTA's shared memory
   uint32_t warps_;
   uint32_t words_;
+  bool strict_;  // lanes of a warp are ordered by bar.warp.sync alone
   std::vector<Thread> threads_;
   std::vector<std::vector<Cell>> cells_;
   std::vector<std::vector<Mark>> readers_;

@@ -28,8 +28,9 @@ Options options_of(const char* text) {  // DSV4_SIM="schedule=random seed=7 limi
     else if (key == "seed" && !value.empty()) o.seed = std::strtoull(value.c_str(), nullptr, 10);
     else if (key == "limit" && !value.empty()) o.limit = std::strtoull(value.c_str(), nullptr, 10);
     else if (key == "checks" && (value == "on" || value == "off")) o.checks = value == "on";
+    else if (key == "strict" && (value == "on" || value == "off")) o.strict = value == "on";
     else if (key == "statistics" && (value == "on" || value == "off")) o.statistics = value == "on";
-    else fail("DSV4_SIM holds '%s'; known are schedule=eager|lazy|random, seed=N, limit=N, checks=on|off, statistics=on|off", word.c_str());
+    else fail("DSV4_SIM holds '%s'; known are schedule=eager|lazy|random, seed=N, limit=N, checks=on|off, strict=on|off, statistics=on|off", word.c_str());
   }
   return o;
 }

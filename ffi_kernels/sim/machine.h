@@ -86,6 +86,10 @@ struct JobState {  // an asynchronous operation, as its groups see it
   bool done = false;
   JobEntity entity;
 };
+struct Product : JobState {  // of wgmma: done when the parts of all warps of the group are
+  int left = 0, unissued = 0;
+  Order met;  // what came before it in the warps that have issued it
+};
 using JobList = std::vector<std::shared_ptr<JobState>>;
 struct Groups {  // of one lane: cp.async or cp.async.bulk
   JobList open;
@@ -98,6 +102,14 @@ struct Job {
   const Raw* raw;
 };
 
+struct Flight {  // a wgmma product that has not been waited for, and the registers it works on
+  const uint8_t* regs;
+  const Instr* in;
+  int d_regs, a_regs;
+  std::shared_ptr<JobState> job;
+  std::vector<int32_t> copies;  // slots that D was copied to since
+};
+
 struct Warp {
   Cta* cta = nullptr;
   uint32_t id = 0, live = 0;
@@ -108,6 +120,8 @@ struct Warp {
   uint64_t cluster_token[32] = {};    // generation of the cluster barrier that a lane arrived at, plus one
   Groups copies[32], bulk[32], products[1];
   std::shared_ptr<JobState> last_product;
+  std::vector<Flight> flights;
+  uint64_t product_count = 0;
   int demoted = -1;
   uint64_t priority = 0;
   bool done() const { return fragments.empty(); }
@@ -122,6 +136,8 @@ struct Cta {
   std::vector<std::unique_ptr<Warp>> warps;
   Barrier barriers[16];
   std::map<uint32_t, Mbarrier> mbarriers;  // by offset in the window
+  std::map<std::pair<uint32_t, uint64_t>, std::shared_ptr<Product>> products;  // by warpgroup and number: not issued by all warps
+  bool launches_over = false;              // it knows that no cluster is left to be canceled
   std::shared_ptr<void> tensor;            // TensorMemory, see tcgen05.h
 };
 
@@ -147,6 +163,7 @@ struct Options {
   uint64_t seed = 0;
   uint64_t limit = uint64_t{1} << 33;  // warp instructions
   bool checks = true, statistics = false;
+  bool strict = true;  // false: also what devices are known to do although the ISA does not promise it
 };
 
 struct Machine {

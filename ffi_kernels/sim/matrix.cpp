@@ -41,6 +41,8 @@ float matrix_element(Type t, uint32_t word, int e) {
     case Type::e4m3: return table_of(kE4m3)[word >> (8 * e) & 255];
     case Type::e5m2: return table_of(kE5m2)[word >> (8 * e) & 255];
     case Type::e2m1: return decode(word >> (8 * e) & 15, kE2m1);
+    case Type::e2m3: return decode(word >> (8 * e) & 63, kE2m3);
+    case Type::e3m2: return decode(word >> (8 * e) & 63, kE3m2);
     case Type::s8: return static_cast<int8_t>(word >> (8 * e));
     case Type::u8: return static_cast<uint8_t>(word >> (8 * e));
     case Type::s4: return static_cast<float>(static_cast<int32_t>(word << (28 - 4 * e)) >> 28);

@@ -15,7 +15,7 @@ std::unique_ptr<Cluster> make_cluster(Machine& m, uint64_t index) {
   cluster->index = index;
   if (m.options.checks) {
     cluster->watch = std::make_unique<Watch>(m.cluster_dims[0] * m.cluster_dims[1] * m.cluster_dims[2], (m.launch.block[0] * m.launch.block[1] * m.launch.block[2] + 31) / 32,
-                                             (m.shared_bytes + 3) / 4);
+                                             (m.shared_bytes + 3) / 4, m.options.strict);
   }
   cluster->id[0] = static_cast<uint32_t>(index % m.clusters[0]);
   cluster->id[1] = static_cast<uint32_t>(index / m.clusters[0] % m.clusters[1]);

@@ -71,13 +71,14 @@ template <class T> T uniform(Ctx& c, const Instr& in, int slot, const char* what
 }
 bool whole(Ctx& c) { return c.mask == kAll || gathered(c, kAll); }
 
+constexpr uint64_t kPairToken = 77;
 // Both CTAs of a pair take part: true once the peer has come as far. The token keeps the arrival.
 bool pair_arrived(Ctx& c) {
   TensorMemory& mine = tensor_of(*c.cta);
   TensorMemory& other = tensor_of(peer_of(c));
   Fragment& f = *c.fragment;
-  if (f.token_what != 77) {
-    f.token_what = 77;
+  if (f.token_what != kPairToken) {
+    f.token_what = kPairToken;
     f.token = ++mine.collective;
     c.machine->event();
   }
@@ -93,26 +94,48 @@ Step alloc(Ctx& c, const Instr& in) {
   same_group(c, in.a);
   const uint32_t n = uniform<uint32_t>(c, in, 1, "the number of columns");
   if (n < 32 || n > 512 || (n & (n - 1))) fail("allocates %u columns; it must be a power of two from 32 to 512", n);
-  if (in.a == 2 && !pair_arrived(c)) return Step::block;
   TensorMemory& t = tensor_of(*c.cta);
-  if (t.relinquished) fail("tcgen05.alloc after tcgen05.relinquish_alloc_permit");
-  if (n > t.last_columns) fail("allocates %u columns after %u; allocations must not grow", n, t.last_columns);
-  uint32_t first = 0;
-  for (const auto& [column, count] : t.allocated) {
-    if (first + n <= column) break;
-    first = column + count;
+  t.wanted = n;
+  if (in.a == 2 && !pair_arrived(c)) return Step::block;
+  TensorMemory* other = in.a == 2 ? &tensor_of(peer_of(c)) : nullptr;
+  if (!t.granted) {  // of a pair the first to go on allocates for both, at the same columns
+    uint32_t first = 0;
+    bool moved = true;
+    while (moved) {
+      moved = false;
+      for (TensorMemory* m : {&t, other}) {
+        if (!m) continue;
+        if (m->relinquished) fail("tcgen05.alloc after tcgen05.relinquish_alloc_permit");
+        if (m->wanted != n) fail("allocates %u columns, and its peer CTA %u", n, m->wanted);
+        if (n > m->last_columns) fail("allocates %u columns after %u; allocations must not grow", n, m->last_columns);
+        for (const auto& [column, count] : m->allocated) {
+          if (first < column + count && column < first + n) { first = column + count; moved = true; }
+        }
+      }
+    }
+    if (first + n > kTensorColumns) {  // another warp may free some
+      if (other) { c.fragment->token_what = kPairToken; c.fragment->token = t.collective; }  // it has arrived already
+      c.blocked = c.mask;
+      c.why = "free columns of tensor memory";
+      return Step::block;
+    }
+    for (TensorMemory* m : {&t, other}) {
+      if (!m) continue;
+      m->last_columns = n;
+      m->allocated[first] = n;
+      m->granted = true;
+      m->granted_at = first;
+    }
   }
-  if (first + n > kTensorColumns) {  // another warp may free some
-    c.blocked = c.mask;
-    c.why = "free columns of tensor memory";
-    return Step::block;
-  }
-  t.last_columns = n;
-  t.allocated[first] = n;
+  t.granted = false;
+  const uint32_t first = t.granted_at;
   const uint64_t at = address(c, in, 0, in.c, 0) + static_cast<uint64_t>(in.imm);
   const uint32_t shared = shared_offset(in.c ? at : static_cast<uint32_t>(at));
   std::memcpy(shared_at(c, shared, 4, 4, Access::write, Space::shared), &first, 4);
-  if (watch_of(*c.cta)) touch_memory(c, in, Space::shared, shared, 4, Touch::write, 32);
+  if (Watch* watch = watch_of(*c.cta)) {
+    touch_memory(c, in, Space::shared, shared, 4, Touch::write, 32);
+    watch->warp_sync(*c.warp);  // all lanes allocate, so that each sees the address
+  }
   c.machine->event();
   return Step::next;
 }
@@ -142,8 +165,9 @@ template <bool Store> Step move(Ctx& c, const Instr& in) {
   if (!whole(c)) return Step::block;
   const int n = in.a;
   const uint32_t at = uniform<uint32_t>(c, in, n, "the address in tensor memory") + static_cast<uint32_t>(in.imm);
-  const uint32_t lane0 = at >> 16, column = at & 0xFFFF, columns = static_cast<uint32_t>(in.b ? n * 2 : n);
+  const uint32_t column = at & 0xFFFF, columns = static_cast<uint32_t>(in.b ? n * 2 : n);
   const uint32_t quarter = c.warp->id % 4 * 32;
+  const uint32_t lane0 = c.machine->options.strict ? at >> 16 : quarter + (at >> 16) % 32;  // devices ignore the bits of the quarter
   if (lane0 != quarter && !(in.b && lane0 == quarter + 16)) {
     fail("warp %u reaches lanes %u to %u of tensor memory, not lane %u", c.warp->id, quarter, quarter + 31, lane0);
   }
@@ -153,6 +177,7 @@ template <bool Store> Step move(Ctx& c, const Instr& in) {
   JobEntity& job = t.moves[Store][c.warp->id];
   if (Watch* watch = watch_of(*c.cta)) job = job.clock ? watch->again(job) : watch->begin(c);
   touch_tensor(c, *c.cta, lane0, in.b ? 16 : 32, column, columns, Store, &job);
+  if (Watch* watch = watch_of(*c.cta); watch && !Store && !c.machine->options.strict) watch->acquire(*c.warp, job);  // devices wait for registers that are used
   for (int r = 0; r < n; ++r) {
     for (uint32_t l = 0; l < 32; ++l) {
       uint32_t& word = in.b ? t.at(lane0 + l / 4 + 8 * (r / 2 & 1), column + static_cast<uint32_t>(r / 4) * 8 + l % 4 * 2 + (r & 1)) : t.at(lane0 + l, column + static_cast<uint32_t>(r));
@@ -197,7 +222,7 @@ Step commit(Ctx& c, const Instr& in) {
     } else barriers.push_back(&mbarrier_at(c, signal, Space::cluster));
     const JobEntity pipe = tensor_of(*c.cta).pipe;
     Order observed;  // what the operations read was complete before them
-    if (Watch* watch = watch_of(*c.cta)) watch->release_observed(*c.warp, observed);
+    if (Watch* watch = watch_of(*c.cta)) c.machine->options.strict ? watch->release_observed(*c.warp, observed) : watch->release(*c.warp, observed);
     issue_tensor_op(c, [barriers, pipe, observed](Ctx& later) {
       for (Mbarrier* b : barriers) {
         b->next.join(observed);

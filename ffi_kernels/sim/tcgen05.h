@@ -2,6 +2,7 @@
 #pragma once
 
 #include "decode.h"
+#include "layout.h"
 
 namespace dsv4::sim {
 
@@ -14,6 +15,8 @@ struct TensorMemory {
   int group = 0;                           // .cta_group of the kernel's instructions, once there was one
   uint32_t last_columns = kTensorColumns;  // allocations do not grow
   uint64_t collective = 0;                 // alloc and dealloc of pairs: how many this CTA has come to
+  uint32_t wanted = 0, granted_at = 0;     // columns of the alloc under way; what it was given
+  bool granted = false;
   JobEntity pipe;                          // operations issued by this CTA follow each other: one entity for all of them
   std::map<uint32_t, JobEntity> moves[2];  // loads and stores by warp: an entity each, whose end wait::ld or wait::st waits for
   std::shared_ptr<JobState> last;          // the latest of them
@@ -31,7 +34,8 @@ void issue_tensor_op(Ctx& c, std::function<void(Ctx&)> run);
 JobEntity next_tensor_entity(Ctx& c);
 // Tensor memory in the hazard check: columns by quarters of lanes.
 void touch_tensor(Ctx& c, Cta& cta, uint32_t lanes_from, uint32_t lanes, uint32_t column, uint32_t columns, bool write, const JobEntity* job);
-void decode_tensor_mma(Decode& d);   // tcgen05_mma.cpp
+MatrixLayout tensor_layout_of(uint64_t descriptor, bool k_major);  // tcgen05_copy.cpp
 void decode_tensor_copy(Decode& d);
+void decode_tensor_mma(Decode& d);  // tcgen05_mma.cpp
 
 }  // namespace dsv4::sim

@@ -1,7 +1,8 @@
-// tcgen05.mma and tcgen05.cp. PTX ISA 9.7.16.2 to .4, .9, .10. Dense products of kinds f16, tf32, f8f6f4 (8-bit elements), i8,
-// mxf8f6f4 (8-bit elements), mxf4 and mxf4nvf4, of one CTA (M 64, 128) or a pair (M 128 without scales, 256).
-// Rows of D: M 128 and 256 one lane each; M 64 lanes 32 (r / 16) + r % 16; a pair's M 128: lanes 0-63 hold the first half
-// of the columns, 64-127 the second. Scale factors of row r: lane r % 32 of every quarter, column r / 32, byte by block.
+// tcgen05.mma. PTX ISA 9.7.16.2 to .4, .10. Dense products of kinds f16, tf32, f8f6f4, i8, mxf8f6f4, mxf4 and mxf4nvf4, of
+// one CTA (M 64, 128; .ws: 32, 64, 128) or a pair (M 128 without scales, 256).
+// Rows of D: M 128 and 256 one lane each; M 64 lanes 32 (r / 16) + r % 16; a pair's M 128 and M 64 of .ws: lanes 0-63 hold
+// the first half of the columns, 64-127 the second; M 32 of .ws: a quarter of the columns each. A in tensor memory is read
+// by each part of the lanes for its own columns, so that it must stand in all of them. Scale factors of row r: lane r % 32 of every quarter, column r / 32, byte by block.
 #include "formats.h"
 #include "layout.h"
 #include "tcgen05.h"
@@ -15,28 +16,23 @@ enum Kind { f16, tf32, f8f6f4, i8, mxf8f6f4, mxf4, mxf4nvf4 };
 struct Mma {
   Kind kind;
   int group = 1, vec = 0;  // scale factors per row and step
-  bool a_in_tensor = false;
+  bool a_in_tensor = false, ws = false, zero_columns = false;
+  int masks = 0;           // words of the mask of lanes of D that are not written
+  int down = 0;            // D is scaled by 2^-down before it is added
 };
 struct Product {  // an instruction with its descriptors read
   int m, n, k;
   Type a, b, d;
   bool negate_a, negate_b, mn_a, mn_b, saturate, add;
+  bool padded;  // 6- and 4-bit elements lie 16 to 16 bytes of shared memory, packed, then padding
   int vec, sfa, sfb;  // scale factors; their ids
   bool ue4m3;
   uint32_t to, a_tensor, scale_a, scale_b;
   bool a_in_tensor;
-  int group;
+  int group, down, parts;  // parts: of the columns, each in lanes of its own
+  uint32_t off[4];  // lanes of D that are not written
   MatrixLayout la, lb;
 };
-
-MatrixLayout layout_of(uint64_t d, bool k_major) {
-  static const int widths[] = {0, -1, 128, -1, 64, -1, 32, -1};
-  if ((d >> 46 & 7) != 1) fail("a shared memory descriptor whose bits 46-48 are not 0b001");
-  if (d >> 49 & 7) fail("a shared memory descriptor with a base offset, which is not modelled");
-  if (d >> 52 & 0x1FF) fail("a shared memory descriptor with bits 52-60 set");
-  if (widths[d >> 61] < 0) fail("a shared memory descriptor with swizzle mode %u, which is not modelled", static_cast<unsigned>(d >> 61));
-  return {descriptor_field(d, 0), descriptor_field(d, 16), descriptor_field(d, 32), static_cast<uint32_t>(widths[d >> 61]), k_major};
-}
 
 Product read(const Mma& x, uint32_t i) {
   static const Type narrow[] = {Type::e4m3, Type::e5m2, Type::none, Type::e2m3, Type::e3m2, Type::e2m1, Type::none, Type::none};
@@ -49,6 +45,7 @@ Product read(const Mma& x, uint32_t i) {
   p.vec = x.vec;
   p.group = x.group;
   p.a_in_tensor = x.a_in_tensor;
+  p.down = x.down;
   if (x.kind >= mxf8f6f4) {
     p.m = static_cast<int>(i >> 27 & 3) * 128;
     p.sfb = i >> 4 & 3;
@@ -74,11 +71,15 @@ Product read(const Mma& x, uint32_t i) {
     default: p.a = p.b = Type::e2m1; p.k = 64; if (a != 1 || b != 1) fail("the instruction descriptor does not say e2m1"); break;
   }
   if (x.kind == f8f6f4 || x.kind == mxf8f6f4) {
-    if ((p.a != Type::e4m3 && p.a != Type::e5m2) || (p.b != Type::e4m3 && p.b != Type::e5m2)) fail("types %d and %d: only 8-bit elements of this kind are modelled", a, b);
+    if (p.a == Type::none || p.b == Type::none) fail("the instruction descriptor names types %d and %d", a, b);
+    if (p.a_in_tensor && bits_of(p.a) < 8) fail("6- and 4-bit elements of A in tensor memory are not modelled in this kind");
+    p.padded = true;
   }
   const bool scaled = x.kind >= mxf8f6f4;
-  const bool good = x.group == 1 ? p.m == 128 || (p.m == 64 && !scaled) : p.m == 256 || (p.m == 128 && !scaled);
+  const bool good = x.ws ? (p.m == 32 || p.m == 64 || p.m == 128) && (p.n == 64 || p.n == 128 || p.n == 256)
+                    : x.group == 1 ? p.m == 128 || (p.m == 64 && !scaled) : p.m == 256 || (p.m == 128 && !scaled);
   const int step = x.group == 1 ? 8 : 16;
+  p.parts = x.ws ? 128 / p.m : x.group == 2 && p.m == 128 ? 2 : 1;
   if (!good || p.n < step || p.n > 256 || p.n % step) fail("a product of shape %dx%dx%d for %d CTA%s is not modelled", p.m, p.n, p.k, x.group, x.group > 1 ? "s" : "");
   if ((p.mn_a || p.mn_b) && (x.kind == tf32 || x.kind >= mxf4)) fail("this kind cannot be transposed, or that is not modelled");
   return p;
@@ -87,19 +88,27 @@ Product read(const Mma& x, uint32_t i) {
 int cells_of(Type t) { return t == Type::e2m1 ? 4 : bits_of(t); }  // bits of an element in memory
 
 // [row][k] from shared memory of `cta`.
-void gather(Ctx& c, Cta& cta, const MatrixLayout& m, Type t, int rows, int k, bool negate, float* to, const JobEntity* job) {
-  const int bits = cells_of(t), outer = m.k_major ? rows : k, inner = (m.k_major ? k : rows) * bits / 8, per = 32 / bits;
+void gather(Ctx& c, Cta& cta, const MatrixLayout& m, Type t, bool padded, int rows, int k, bool negate, float* to, const JobEntity* job) {
+  const int narrow = bits_of(t), bits = padded ? 8 : cells_of(t), outer = m.k_major ? rows : k, inner = (m.k_major ? k : rows) * bits / 8, per = 32 / bits;
   for (int o = 0; o < outer; ++o) {
     for (int b = 0; b < inner; b += 16) {
       const uint32_t at = cta.rank << 24 | m.at(static_cast<uint32_t>(o), static_cast<uint32_t>(b));
       const uint8_t* p = shared_at(c, at, 16, 16, Access::read, Space::cluster);
       if (job) { watch_of(*c.cta)->job_touch(c, *job, cta, (at & 0xFFFFFF) - kSharedBase, 16, false, true); continue; }
+      uint8_t spread[16];
+      if (narrow < bits) {
+        for (int e = 0; e < 16; ++e) {
+          const int bit = e * narrow;
+          spread[e] = static_cast<uint8_t>((p[bit / 8] | p[bit / 8 + 1] << 8) >> bit % 8 & ((1 << narrow) - 1));
+        }
+        p = spread;
+      }
       for (int w = 0; w < 4; ++w) {
         uint32_t word;
         std::memcpy(&word, p + 4 * w, 4);
         for (int e = 0; e < per; ++e) {
           const int i = (b + 4 * w) * 8 / bits + e;
-          float v = t == Type::e2m1 ? decode(word >> (4 * e) & 15, kE2m1) : matrix_element(t, word, e);
+          float v = t == Type::e2m1 && !padded ? decode(word >> (4 * e) & 15, kE2m1) : matrix_element(t, word, e);
           if (negate) v = -v;
           to[m.k_major ? o * k + i : i * k + o] = v;
         }
@@ -124,26 +133,26 @@ void scales(Cta& cta, uint32_t column, int rows, int vec, int id, bool ue4m3, st
   }
 }
 
-// The rows of D that `cta` holds: `rows` from `first_row`.
+// The rows of D that `cta` holds.
 template <class Sum> void multiply(Ctx& c, const Product& p, Cta& cta, Cta* other, int rows) {
-  const int n = p.n, k = p.k;
-  std::vector<float> a(static_cast<size_t>(rows * k)), b(static_cast<size_t>(n * k)), sa, sb;
+  const int n = p.n, k = p.k, copies = p.a_in_tensor ? p.parts : 1;
+  std::vector<float> a(static_cast<size_t>(copies * rows * k)), b(static_cast<size_t>(n * k)), sa, sb;
   TensorMemory& t = tensor_of(cta);
-  const auto lane_of = [&](int r) { return static_cast<uint32_t>(p.group == 1 && p.m == 64 ? r / 16 * 32 + r % 16 : r); };
+  const auto lane_of = [&](int r, int part = 0) { return static_cast<uint32_t>(p.parts == 1 && p.group == 1 && p.m == 64 ? r / 16 * 32 + r % 16 : r + 128 / p.parts * part); };
   if (p.a_in_tensor) {
     const int per = 32 / cells_of(p.a);
-    for (int r = 0; r < rows; ++r) for (int i = 0; i < k; ++i) {
-      const uint32_t word = t.at(lane_of(r), p.a_tensor + static_cast<uint32_t>(i / per));
+    for (int x = 0; x < copies * rows; ++x) for (int i = 0; i < k; ++i) {
+      const uint32_t word = t.at(lane_of(x % rows, x / rows), p.a_tensor + static_cast<uint32_t>(i / per));
       const float v = p.a == Type::e2m1 ? decode(word >> (4 * (i % per)) & 15, kE2m1) : matrix_element(p.a, word, i % per);
-      a[static_cast<size_t>(r * k + i)] = p.negate_a ? -v : v;
+      a[static_cast<size_t>(x * k + i)] = p.negate_a ? -v : v;
     }
-  } else gather(c, cta, p.la, p.a, rows, k, p.negate_a, a.data(), nullptr);
-  if (!other) gather(c, cta, p.lb, p.b, n, k, p.negate_b, b.data(), nullptr);
+  } else gather(c, cta, p.la, p.a, p.padded, rows, k, p.negate_a, a.data(), nullptr);
+  if (!other) gather(c, cta, p.lb, p.b, p.padded, n, k, p.negate_b, b.data(), nullptr);
   else {  // each CTA of the pair holds half of B
     Cta& even = cta.rank % 2 ? *other : cta;
     Cta& odd = cta.rank % 2 ? cta : *other;
-    gather(c, even, p.lb, p.b, n / 2, k, p.negate_b, b.data(), nullptr);
-    gather(c, odd, p.lb, p.b, n / 2, k, p.negate_b, b.data() + n / 2 * k, nullptr);
+    gather(c, even, p.lb, p.b, p.padded, n / 2, k, p.negate_b, b.data(), nullptr);
+    gather(c, odd, p.lb, p.b, p.padded, n / 2, k, p.negate_b, b.data() + n / 2 * k, nullptr);
   }
   if (p.vec) {
     scales(cta, p.scale_a, rows, p.vec, p.sfa, p.ue4m3, sa);
@@ -163,24 +172,25 @@ template <class Sum> void multiply(Ctx& c, const Product& p, Cta& cta, Cta* othe
     }
     return;
   }
-  std::vector<Sum> wide(static_cast<size_t>(n * k)), sum(static_cast<size_t>(n));
+  std::vector<Sum> wide(static_cast<size_t>(n * k)), sum(static_cast<size_t>(n / p.parts));
   for (int j = 0; j < n; ++j) for (int i = 0; i < k; ++i) wide[static_cast<size_t>(i * n + j)] = static_cast<Sum>(b[static_cast<size_t>(j * k + i)]);
-  const bool folded = p.group == 2 && p.m == 128;
-  for (int r = 0; r < rows; ++r) {
-    const auto word = [&](int j) -> uint32_t& {
-      if (folded) return t.at(static_cast<uint32_t>(r + (j >= n / 2 ? 64 : 0)), p.to + static_cast<uint32_t>(j % (n / 2)));
-      return t.at(lane_of(r), p.to + static_cast<uint32_t>(j));
-    };
-    for (int j = 0; j < n; ++j) {
+  const int width = n / p.parts;
+  for (int x = 0; x < p.parts * rows; ++x) {
+    const int r = x % rows, part = x / rows;
+    const uint32_t lane = lane_of(r, part);
+    if (p.off[lane / 32] >> lane % 32 & 1) continue;
+    const auto word = [&](int j) -> uint32_t& { return t.at(lane, p.to + static_cast<uint32_t>(j)); };
+    for (int j = 0; j < width; ++j) {
       const uint32_t w = p.add ? word(j) : 0;
       sum[static_cast<size_t>(j)] = p.d == Type::s32 ? static_cast<Sum>(static_cast<int32_t>(w)) : p.d == Type::f16 ? static_cast<Sum>(value_of(Half{static_cast<uint16_t>(w)})) : static_cast<Sum>(bit_cast<float>(w));
     }
+    if (p.down) for (Sum& s : sum) s = static_cast<Sum>(std::ldexp(static_cast<double>(s), -p.down));
     for (int i = 0; i < k; ++i) {
-      const Sum v = static_cast<Sum>(a[static_cast<size_t>(r * k + i)]);
-      const Sum* from = &wide[static_cast<size_t>(i * n)];
-      for (int j = 0; j < n; ++j) sum[static_cast<size_t>(j)] += v * from[j];
+      const Sum v = static_cast<Sum>(a[static_cast<size_t>(((copies > 1 ? part : 0) * rows + r) * k + i)]);
+      const Sum* from = &wide[static_cast<size_t>(i * n + part * width)];
+      for (int j = 0; j < width; ++j) sum[static_cast<size_t>(j)] += v * from[j];
     }
-    for (int j = 0; j < n; ++j) {
+    for (int j = 0; j < width; ++j) {
       const Sum s = sum[static_cast<size_t>(j)];
       if constexpr (std::is_same_v<Sum, int64_t>) word(j) = static_cast<uint32_t>(!p.saturate ? s : s > INT32_MAX ? INT32_MAX : s < INT32_MIN ? INT32_MIN : s);
       else word(j) = p.d == Type::f16 ? half_bits(static_cast<double>(s)) : bit_cast<uint32_t>(canonical(static_cast<float>(s)));
@@ -188,7 +198,7 @@ template <class Sum> void multiply(Ctx& c, const Product& p, Cta& cta, Cta* othe
   }
 }
 
-// Slots: d, a (descriptor or tensor address), b, instruction descriptor, [scale a, scale b], add.
+// Slots: d, a (descriptor or tensor address), b, instruction descriptor, [scale a, scale b], [words of the mask], add, [.ws: mask of columns].
 Step mma(Ctx& c, const Instr& in) {
   const Mma& x = *static_cast<const Mma*>(in.extra);
   note(c, in);
@@ -196,18 +206,25 @@ Step mma(Ctx& c, const Instr& in) {
   for (int l = 0; l < 32; ++l) {
     if (!(c.mask >> l & 1)) continue;
     Product p = read(x, src<uint32_t>(c, in, 3)[l]);
-    const int after = x.vec ? 6 : 4;
+    const int after = x.vec ? 6 : 4 + x.masks;
+    for (int i = 0; i < x.masks; ++i) {
+      const uint32_t off = src<uint32_t>(c, in, 4 + i)[l];
+      if (off && x.masks > 4) fail("lanes of D are disabled in a product of a pair of CTAs, which is not modelled");
+      p.off[i % 4] = off;
+    }
     p.to = src<uint32_t>(c, in, 0)[l] + static_cast<uint32_t>(in.imm);
     p.add = pred(c, in, after) >> l & 1;
     if (x.a_in_tensor) p.a_tensor = src<uint32_t>(c, in, 1)[l];
-    else p.la = layout_of(src<uint64_t>(c, in, 1)[l], !p.mn_a);
-    p.lb = layout_of(src<uint64_t>(c, in, 2)[l], !p.mn_b);
-    if (x.vec) { p.scale_a = src<uint32_t>(c, in, 4)[l]; p.scale_b = src<uint32_t>(c, in, 5)[l]; }
+    else p.la = tensor_layout_of(src<uint64_t>(c, in, 1)[l], !p.mn_a);
+    p.lb = tensor_layout_of(src<uint64_t>(c, in, 2)[l], !p.mn_b);
+    const uint32_t used = c.machine->options.strict ? ~0u : 0x3FFFFFFFu;  // devices ignore bits 30 and 31 of these addresses
+    if (x.vec) { p.scale_a = src<uint32_t>(c, in, 4)[l] & used; p.scale_b = src<uint32_t>(c, in, 5)[l] & used; }
     if (p.to >> 16 || p.a_tensor >> 16 || p.scale_a >> 16 || p.scale_b >> 16) fail("an operand in tensor memory starts at a lane other than 0, which is not modelled");
     Cta* other = x.group == 2 ? &peer_of(c) : nullptr;
     const int rows = x.group == 2 ? p.m / 2 : p.m;
     const JobEntity job = next_tensor_entity(c);
-    const auto columns = static_cast<uint32_t>(x.group == 2 && p.m == 128 ? p.n / 2 : p.n);
+    const auto columns = static_cast<uint32_t>(p.n / p.parts);
+    if (x.zero_columns && src<uint64_t>(c, in, after + 1)[l]) fail("a mask of columns of B, which is not modelled");
     for (Cta* cta : {c.cta, other}) {
       if (!cta) continue;
       check_columns(*cta, p.to, columns, "D");
@@ -219,8 +236,8 @@ Step mma(Ctx& c, const Instr& in) {
       if (!watch_of(*c.cta)) continue;
       touch_tensor(c, *cta, 0, 128, p.to, columns, true, &job);
       if (x.a_in_tensor) touch_tensor(c, *cta, 0, 128, p.a_tensor, static_cast<uint32_t>(p.k * cells_of(p.a) / 32), false, &job);
-      else gather(c, *cta, p.la, p.a, rows, p.k, false, nullptr, &job);
-      gather(c, *cta, p.lb, p.b, other ? p.n / 2 : p.n, p.k, false, nullptr, &job);
+      else gather(c, *cta, p.la, p.a, p.padded, rows, p.k, false, nullptr, &job);
+      gather(c, *cta, p.lb, p.b, p.padded, other ? p.n / 2 : p.n, p.k, false, nullptr, &job);
       if (x.vec) {
         touch_tensor(c, *cta, 0, 128, p.scale_a, static_cast<uint32_t>((rows + 31) / 32), false, &job);
         touch_tensor(c, *cta, 0, 128, p.scale_b, static_cast<uint32_t>((p.n + 31) / 32), false, &job);
@@ -238,48 +255,11 @@ Step mma(Ctx& c, const Instr& in) {
   c.machine->progress = c.machine->instructions;
   return Step::next;
 }
-
-struct Copy { int rows, bytes, group, replicas; };
-Step copy(Ctx& c, const Instr& in) {  // slots: tensor address, descriptor
-  const Copy k = *static_cast<const Copy*>(in.extra);
-  note(c, in);
-  same_group(c, k.group);
-  for (int l = 0; l < 32; ++l) {
-    if (!(c.mask >> l & 1)) continue;
-    const uint32_t to = src<uint32_t>(c, in, 0)[l] + static_cast<uint32_t>(in.imm);
-    const MatrixLayout m = layout_of(src<uint64_t>(c, in, 1)[l], true);
-    if (to >> 16) fail("tcgen05.cp to lane %u of tensor memory; it must be 0", to >> 16);
-    const auto columns = static_cast<uint32_t>(k.bytes / 4);
-    const JobEntity job = next_tensor_entity(c);
-    Cta* other = k.group == 2 ? &peer_of(c) : nullptr;
-    for (Cta* cta : {c.cta, other}) {
-      if (!cta) continue;
-      check_columns(*cta, to, columns, "a copy");
-      for (int r = 0; r < k.rows; ++r) for (int b = 0; b < k.bytes; b += 16) {
-        const uint32_t at = cta->rank << 24 | m.at(static_cast<uint32_t>(r), static_cast<uint32_t>(b));
-        shared_at(c, at, 16, 16, Access::read, Space::cluster);
-        if (Watch* watch = watch_of(*c.cta)) watch->job_touch(c, job, *cta, (at & 0xFFFFFF) - kSharedBase, 16, false, true);
-      }
-      touch_tensor(c, *cta, 0, 128, to, columns, true, &job);
-    }
-    issue_tensor_op(c, [=](Ctx& later) {
-      for (Cta* cta : {later.cta, other}) {
-        if (!cta) continue;
-        TensorMemory& t = tensor_of(*cta);
-        for (int r = 0; r < k.rows; ++r) for (int b = 0; b < k.bytes; b += 16) {
-          uint32_t words[4];
-          std::memcpy(words, shared_at(later, cta->rank << 24 | m.at(static_cast<uint32_t>(r), static_cast<uint32_t>(b)), 16, 16, Access::read, Space::cluster), 16);
-          for (int q = 0; q < k.replicas; ++q) for (uint32_t w = 0; w < 4; ++w) t.at(static_cast<uint32_t>(r + q * k.rows), to + static_cast<uint32_t>(b / 4) + w) = words[w];
-        }
-      }
-    });
-  }
-  return Step::next;
-}
 }  // namespace
 
 void decode_tensor_mma(Decode& d) {
   Mma x{};
+  x.ws = d.take("ws");
   x.group = decode_cta_group(d);
   x.kind = static_cast<Kind>(d.must({"kind::f16", "kind::tf32", "kind::f8f6f4", "kind::i8", "kind::mxf8f6f4", "kind::mxf4", "kind::mxf4nvf4"}));
   if (x.kind >= mxf8f6f4) {
@@ -290,7 +270,10 @@ void decode_tensor_mma(Decode& d) {
     if (size < 0 && x.kind == mxf4nvf4) d.wrong("needs a scale vector size");
     if (x.kind == mxf8f6f4 ? x.vec != 1 : x.kind == mxf4 ? x.vec != 2 : x.vec != 2 && x.vec != 4) d.wrong("this scale vector size does not go with this kind");
   }
-  d.ignore({"collector::a::fill", "collector::a::use", "collector::a::lastuse", "collector::a::discard"});
+  if (x.ws && (x.group == 2 || x.kind >= mxf8f6f4)) d.wrong(".ws is for one CTA, without scale factors");
+  for (const char* buffer : {"a", "b0", "b1", "b2", "b3"}) {
+    for (const char* use : {"fill", "use", "lastuse", "discard"}) if ((*buffer == 'b') == x.ws) d.take(std::string("collector::") + buffer + "::" + use);
+  }
   const auto tensor = [&](size_t i) {
     if (d.memory(i)) d.wrong("an address in tensor memory has 32 bits");
     const int64_t offset = d.in.imm;
@@ -308,25 +291,23 @@ void decode_tensor_mma(Decode& d) {
     if (tensor(4) || tensor(5)) d.wrong("an offset of scale factors is not modelled");
     i = 6;
   }
-  if (d.arg(i).kind == Arg::vector) d.wrong("disable-output-lane is not modelled");
-  d.src(i, Type::pred);
+  if (d.arg(i).kind == Arg::vector) {
+    const Arg& mask = d.arg(i++);
+    x.masks = 4 * x.group;
+    if (x.vec || mask.parts.size() != static_cast<size_t>(x.masks)) d.wrong("needs " + std::to_string(x.masks) + " words of disabled lanes, and no scale factors");
+    for (const Arg& word : mask.parts) d.src(word, Type::b32);
+  }
+  d.src(i++, Type::pred);
+  x.zero_columns = x.ws && i < d.args();
+  if (x.zero_columns) d.src(i, Type::b64);
+  else if (i < d.args()) {
+    const Arg& down = d.arg(i);
+    if (down.kind != Arg::integer || down.value > 15 || x.kind > tf32) d.wrong("scale-input-d is an immediate of 0 to 15, of kinds f16 and tf32");
+    x.down = static_cast<int>(down.value);
+  }
   d.in.imm = to;
   *d.extra<Mma>() = x;
   d.in.run = mma;
-}
-
-void decode_tensor_copy(Decode& d) {
-  Copy k{};
-  k.group = decode_cta_group(d);
-  switch (d.must({"128x256b", "128x128b", "32x128b"})) {
-    case 0: k = {128, 32, k.group, 1}; break;
-    case 1: k = {128, 16, k.group, 1}; break;
-    default: k = {32, 16, k.group, 4}; if (!d.take("warpx4")) d.wrong("needs .warpx4");
-  }
-  if (d.memory(0)) d.wrong("an address in tensor memory has 32 bits");
-  d.src(1, Type::b64);
-  *d.extra<Copy>() = k;
-  d.in.run = copy;
 }
 
 }  // namespace dsv4::sim

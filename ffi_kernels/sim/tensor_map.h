@@ -10,11 +10,13 @@ struct TensorMap {
   uint64_t magic;
   uint64_t address;
   uint64_t strides[4];  // bytes, of dimensions 1 to 4
-  uint32_t dims[5];     // minus one
+  uint32_t dims[5];     // minus one; of packed types the first counts packs, here and in the box
   uint16_t box[5];
   uint8_t element_strides[5];
-  uint8_t rank, element, swizzle, fill_nan, real;  // element: bytes; swizzle: log2 of its bytes, 0 none
-  uint8_t type;         // as of cuTensorMapEncodeTiled
+  uint8_t rank, fill_nan, real;
+  uint8_t swizzle, atom;         // log2 of the bytes of a swizzled row (0: none) and of the pieces that stay together
+  uint8_t pack, element, held;   // elements of a pack (1: not packed); its bytes in global and in shared memory
+  uint8_t type;                  // as of cuTensorMapEncodeTiled
 };
 static_assert(sizeof(TensorMap) <= 128);
 constexpr uint64_t kTensorMapMagic = 0x70616D726F736E74;

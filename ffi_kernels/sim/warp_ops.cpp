@@ -14,12 +14,12 @@ template <class F> Step by_mask(Ctx& c, const uint32_t* masks, F f) {
   const uint32_t all = c.mask;
   while (left) {
     const int first = __builtin_ctz(left);
-    const uint32_t mask = masks[first];
     uint32_t group = 0;
     for (uint32_t rest = left; rest; rest &= rest - 1) {
       const int l = __builtin_ctz(rest);
-      if (masks[l] == mask) group |= 1u << l;
+      if (masks[l] == masks[first]) group |= 1u << l;
     }
+    const uint32_t mask = c.machine->options.strict ? masks[first] : masks[first] & c.warp->live;  // devices forget lanes that have exited
     left &= ~group;
     if (group & ~mask) fail("lanes 0x%08x execute with the member mask 0x%08x, which does not name them", group & ~mask, mask);
     if (mask & ~c.warp->live) fail("the member mask 0x%08x names lanes 0x%08x, which have exited or do not exist", mask, mask & ~c.warp->live);
@@ -124,8 +124,9 @@ Step redux(Ctx& c, const Instr& in) {  // in.a op; in.b 1 signed, 2 float; in.c:
 }
 
 Step elect(Ctx& c, const Instr& in) {  // slots: d, p, mask. Any lane may be elected: which one depends on the seed
+  const Options& o = c.machine->options;
   return by_mask(c, src<uint32_t>(c, in, 2), [&](uint32_t members) {
-    uint32_t choice = c.machine->options.seed ? static_cast<uint32_t>((c.machine->options.seed * 0x9E3779B97F4A7C15ull) >> 40) % static_cast<uint32_t>(__builtin_popcount(members)) : 0;
+    uint32_t choice = o.seed && o.strict ? static_cast<uint32_t>((o.seed * 0x9E3779B97F4A7C15ull) >> 40) % static_cast<uint32_t>(__builtin_popcount(members)) : 0;
     uint32_t rest = members;
     while (choice--) rest &= rest - 1;
     const uint32_t leader = static_cast<uint32_t>(__builtin_ctz(rest));

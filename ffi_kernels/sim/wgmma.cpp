@@ -1,6 +1,8 @@
 // wgmma: products of a warpgroup from shared memory, asynchronous until wgmma.wait_group. PTX ISA 9.7.15.
-// Each warp computes its own 16 rows when it executes the instruction; that all four warps of the group execute it in the
-// same order is not checked. Sums as in matrix.cpp.
+// Each warp computes its own 16 rows when it executes the instruction; wgmma.wait_group waits for the rows of all four.
+// Sums as in matrix.cpp.
+#include <algorithm>
+
 #include "formats.h"
 #include "layout.h"
 #include "decode.h"
@@ -112,19 +114,40 @@ Step multiply(Ctx& c, const Instr& in) {
   const MatrixLayout la = x.a_in_registers ? MatrixLayout{} : layout_of(uniform(x.d_regs), !x.mn_a), lb = layout_of(uniform(after), !x.mn_b);
   const uint32_t scale = pred(c, in, after + 1);
   if (scale != 0 && scale != kAll) fail("scale-d differs between lanes");
-  auto job = std::make_shared<JobState>();
-  if (Watch* watch = watch_of(*c.cta)) {
-    job->entity = watch->begin(c);
-    if (!x.a_in_registers) gather(c, la, x.a, 16 * static_cast<int>(c.warp->id % 4), 16, x.k, false, nullptr, &job->entity);
-    gather(c, lb, x.b, 0, x.n, x.k, false, nullptr, &job->entity);
+  // The four warps' parts are one operation: who waits for it waits for all of them.
+  std::shared_ptr<Product>& entry = c.cta->products[{c.warp->id / 4, c.warp->product_count++}];
+  if (!entry) {
+    entry = std::make_shared<Product>();
+    entry->left = std::min<int>(4, static_cast<int>(c.cta->warps.size() - c.warp->id / 4 * 4));
+    entry->unissued = entry->left;
+    if (Watch* watch = watch_of(*c.cta)) entry->entity = watch->begin(c);
   }
+  const std::shared_ptr<Product> whole = entry;
+  if (--whole->unissued == 0) c.cta->products.erase({c.warp->id / 4, c.warp->product_count - 1});
+  const bool alone = c.machine->options.strict;  // a warp's part may begin before the other warps come to theirs
+  if (Watch* watch = watch_of(*c.cta)) {
+    if (!alone) {
+      watch->release(*c.warp, whole->met);
+      if (!whole->unissued) watch->acquire(*c.warp, whole->met);
+    }
+    if (alone || !whole->unissued) {
+      if (!x.a_in_registers) gather(c, la, x.a, alone ? 16 * static_cast<int>(c.warp->id % 4) : 0, alone ? 16 : 64, x.k, false, nullptr, &whole->entity);
+      gather(c, lb, x.b, 0, x.n, x.k, false, nullptr, &whole->entity);
+    }
+  }
+  auto job = std::make_shared<JobState>();
   const std::shared_ptr<JobState> before = c.warp->last_product;  // products of a warp follow each other
   c.warp->last_product = job;
-  c.warp->products[0].open.push_back(job);
-  const auto ready = [before] { return !before || before->done; };
-  submit(c, job, [&x, slots = in.op, regs = c.regs, la, lb, add = scale != 0](Ctx& later) {
+  c.warp->products[0].open.push_back(whole);
+  c.warp->flights.push_back({c.regs, &in, x.d_regs, x.a_in_registers ? 4 : 0, job, {}});
+  const auto ready = [before, alone, whole] { return (!before || before->done) && (alone || !whole->unissued); };
+  submit(c, job, [&x, slots = in.op, regs = c.regs, la, lb, add = scale != 0, whole](Ctx& later) {
     if (x.d == Type::s32) product<int64_t>(later, x, slots, regs, la, lb, add);
     else product<double>(later, x, slots, regs, la, lb, add);
+    if (--whole->left) return;
+    whole->done = true;
+    if (Watch* watch = watch_of(*later.cta)) watch->finish(whole->entity);
+    later.machine->event();
   }, ready);
   return Step::next;
 }
@@ -144,13 +167,42 @@ Step wait(Ctx& c, const Instr& in) {
     for (const auto& job : g.committed[i]) {
       if (job->done) continue;
       c.blocked = c.mask;
-      c.why = "its groups of wgmma products";
+      c.why = "its groups of wgmma products (all four warps must execute them)";
       return Step::block;
     }
   }
   while (g.committed.size() > in.a) {
     if (Watch* watch = watch_of(*c.cta)) for (const auto& job : g.committed.front()) watch->acquire(*c.warp, job->entity);
+    c.warp->flights.erase(c.warp->flights.begin(), c.warp->flights.begin() + static_cast<long>(g.committed.front().size()));
     g.committed.pop_front();
+  }
+  return Step::next;
+}
+
+// Runs before an instruction that touches registers of products. Slots: those of the instruction; in.a: it copies registers.
+// The compiler moves copies of D up to the product, and assigns registers so that this does no harm: a copy waits for the
+// product and is D from then on. Anything else must come after wgmma.wait_group.
+Step before_access(Ctx& c, const Instr& in) {
+  for (Flight& f : c.warp->flights) {
+    if (f.regs != c.regs) continue;
+    const int32_t *d = f.in->op, *a = d + f.d_regs;
+    bool of_d = false, touched = false;
+    for (int i = 0; i < in.count; ++i) {
+      const int32_t s = in.op[i];
+      of_d |= std::find(d, a, s) != a || std::find(f.copies.begin(), f.copies.end(), s) != f.copies.end();
+      touched |= std::find(a, a + f.a_regs, s) != a + f.a_regs;
+    }
+    if (!of_d && !touched) continue;
+    if (of_d && !in.a && c.machine->options.strict) {
+      const Raw& product = c.raw(*f.in);
+      fail("hazard in registers: a result of the product at PTX line %u (%s) is used, and no wgmma.wait_group lies between", product.line, source_of(c.machine->module, product).c_str());
+    }
+    if (!f.job->done) {
+      c.blocked = c.mask;
+      c.why = "a wgmma product whose registers it uses";
+      return Step::block;
+    }
+    if (of_d && in.a) f.copies.push_back(in.op[0]);
   }
   return Step::next;
 }
@@ -197,6 +249,44 @@ void decode_product(Decode& d) {
   d.in.run = multiply;
 }
 }  // namespace
+
+std::vector<bool> product_registers(const Function& f) {
+  std::vector<bool> marked;
+  const auto each = [&](const Arg& a, const auto& visit) {
+    if (a.kind == Arg::reg) visit(a);
+    for (const Arg& part : a.parts) if (part.kind == Arg::reg) visit(part);
+  };
+  for (const Raw& raw : f.statements) {
+    if (raw.op != "wgmma" || raw.args.size() < 2 || raw.mods.empty() || raw.mods[0] != "mma_async") continue;
+    marked.resize(f.registers.size(), false);
+    for (size_t i = 0; i < 2; ++i) each(raw.args[i], [&](const Arg& a) { marked[static_cast<size_t>(a.reg_index)] = true; });
+  }
+  bool grew = !marked.empty();
+  while (grew) {  // copies of copies
+    grew = false;
+    for (const Raw& raw : f.statements) {
+      if (raw.op != "mov" || raw.args.size() != 2) continue;
+      bool from = false;
+      each(raw.args[1], [&](const Arg& a) { from |= marked[static_cast<size_t>(a.reg_index)]; });
+      if (from) each(raw.args[0], [&](const Arg& a) { auto&& m = marked[static_cast<size_t>(a.reg_index)]; grew |= !m; m = true; });
+    }
+  }
+  return marked;
+}
+
+void guard_products(Decode& d, const std::vector<bool>& registers) {
+  if (d.raw.op == "wgmma") return;
+  bool touches = false;
+  for (const Arg& a : d.raw.args) {
+    if (a.kind == Arg::reg) touches |= registers[static_cast<size_t>(a.reg_index)];
+    for (const Arg& part : a.parts) if (part.kind == Arg::reg) touches |= registers[static_cast<size_t>(part.reg_index)];
+  }
+  if (!touches) return;
+  Decode::Prelude check{d.in, d.slots};
+  check.in.run = before_access;
+  check.in.a = d.raw.op == "mov";
+  d.before.insert(d.before.begin(), check);
+}
 
 void add_wgmma(Decoders& t) {
   t["wgmma"] = [](Decode& d) {

@@ -1,5 +1,6 @@
 """Generation: the loop on the device, samplers, speculative decoding, stops, bad input."""
 
+import dataclasses
 import importlib
 
 import jax
@@ -41,9 +42,9 @@ def test_greedy_equals_the_steps_by_hand():
     assert got == [plain_greedy(model, p, 40) for p in PROMPTS] and finished == ["length"] * 4
 
 
-@pytest.mark.parametrize("drafts", [1, 2, 3])
+@pytest.mark.parametrize("drafts", [1, 3])
 def test_speculation_does_not_change_greedy_tokens(drafts):
-    """200 tokens from prompts of several alignments: drafts are rejected inside and across blocks of 4 and 128."""
+    """200 tokens from prompts of several alignments: drafts are rejected inside and across blocks of 4 and 128. Two: the tests below."""
     model = small_model("fp32")
     assert collect(model, count=200, stop_ids=(), draft_tokens=drafts) == collect(model, count=200, stop_ids=())
 
@@ -121,15 +122,16 @@ def test_rejection_sampling_keeps_the_distribution(k):
 
 
 def test_speculative_sampling_end_to_end_follows_the_model():
-    """The third sampled token of 2,048 sequences, plain and speculative, comes from one distribution."""
-    model, prompt = small_model("fp32", PAIR), tokens(6, seed=1)[0].tolist()
+    """The third sampled token of 2,048 sequences, plain and speculative, comes from one distribution. One layer: many sequences."""
+    one = dataclasses.replace(PAIR, num_hidden_layers=1, compress_ratios=(4, 0), n_routed_experts=4, moe_intermediate_size=64)
+    model, prompt = small_model("fp32", one), tokens(6, seed=1)[0].tolist()
     counts = []
     for drafts, seed in ((0, 0), (1, 100_000)):
-        hist = np.zeros(PAIR.vocab_size)
+        hist = np.zeros(one.vocab_size)
         for block in range(2):
             sampler = Sample(temperature=0.7, top_k=4, seed=seed + 1024 * block)
             out, _ = collect(model, [prompt] * 1024, 3, sampler=sampler, draft_tokens=drafts, stop_ids=(), max_len=16)
-            hist += np.bincount([row[2] for row in out], minlength=PAIR.vocab_size)
+            hist += np.bincount([row[2] for row in out], minlength=one.vocab_size)
         counts.append(hist)
     used = (counts[0] + counts[1]) >= 10
     table = np.array([counts[0][used], counts[1][used]])

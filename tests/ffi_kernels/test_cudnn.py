@@ -16,7 +16,7 @@ import pytest
 from compare import assert_bits, assert_close
 
 import ffi_kernels as ops
-from ffi_kernels import cudnn, layout, library, vendor
+from ffi_kernels import bench, cudnn, layout, library, vendor
 from ffi_kernels.cute import gemm
 
 HERE_IS_NONE = r"cudnn.nvfp4_matmul runs on an sm_100a device \(B200\) and the ops traced now are for .*; use nvfp4_matmul.*\."
@@ -179,6 +179,33 @@ def test_operands_outside_the_contract_are_refused(b200, function):
     for scale, name, shape in wrong:
         with pytest.raises(ValueError, match=rf"takes w in layout '{name}' as uint8 data, .* scales {shape} and float32 .*, got uint8"):
             function(x, ops.NVFP4Tensor(w.data, scale, w.global_scale, name))
+
+
+@pytest.mark.parametrize("name", vendor.NAMES)
+def test_selftest_and_benchmark_stand_them_beside_ours(monkeypatch, name):
+    """What cannot run is no failure; what runs is compared with the reference (here jnp stands in for it, right and wrong)."""
+    if (missing := library.why_not("sm_100a")) is not None:
+        pytest.skip(missing)
+    (_, case), = bench.chosen("flash", f"wq_a/R=128/{name}$", "sm_100a")
+
+    def stand(factor, refusal=None):
+        def product(x, w, dtype=jnp.bfloat16):
+            return (factor * ops.linear(layout.unpack_tcgen05(x), layout.unpack_tcgen05(w), jnp.float32)).astype(dtype)
+
+        def on_xla(x, w):
+            with ops.backend("xla"):
+                return product(x, w)
+
+        monkeypatch.setattr(vendor, "implementations", lambda: {name: vendor.Implementation(on_xla, refusal)})
+
+    stand(1)
+    assert bench.check(case, "sm_100a") == {"verdict": "ok"}
+    stand(1.1)
+    assert "ok" != bench.check(case, "sm_100a")["verdict"] and not bench.check(case, "sm_100a")["verdict"].startswith(bench.NOT_HERE)
+    stand(1, "it is not installed.")
+    assert bench.check(case, "sm_100a") == {"verdict": "not here: it is not installed."}
+    row, = bench.time_cases("flash", f"wq_a/R=128/{name}$", "sm_100a")
+    assert row["error"] == "it is not installed."
 
 
 # --- on a B200: every implementation against the dequantized product ------------------------------------------------

@@ -21,7 +21,7 @@ import pytest
 from compare import assert_bits, assert_close
 
 import ffi_kernels as ops
-from ffi_kernels import layout, vendor
+from ffi_kernels import layout, matmul, vendor
 from ffi_kernels.cute import gemm
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the operator uses what the DSL has deprecated
@@ -181,10 +181,10 @@ def test_the_tiles_are_among_those_that_the_package_lists(operator):
         listed = {(m.design.tile_shape[:2], m.design.cluster_shape[:2]) for m in found if m.operands.out.dtype is out}
         assert {((gemm.ROWS, width), gemm.CLUSTER) for width in gemm.COLUMNS} <= listed
     for a in (m.operands.A for m in found):
-        assert a.swizzle is ScaleSwizzleMode.Swizzle32x4x4 and a.quantized.divisibility == vendor.K_MULTIPLE
+        assert a.swizzle is ScaleSwizzleMode.Swizzle32x4x4 and a.quantized.divisibility == matmul.K_MULTIPLE
         assert a.quantized.ptr_alignment_bytes == operator.ELEMENTS.ptr_assumed_align
         assert a.scale.ptr_alignment_bytes == operator.SCALES.ptr_assumed_align
-    assert max(m.operands.out.divisibility for m in found) == vendor.N_MULTIPLE
+    assert max(m.operands.out.divisibility for m in found) == matmul.N_MULTIPLE
 
 
 @pytest.mark.parametrize("rows, k", [(32, 32), (160, 352), (256, 512)])

@@ -12,7 +12,8 @@ A = np.arange(1024, dtype=np.int32) * 7 % 1013
 
 def shape(kernel):
     return {"reduce": dict(block=128), "exchange": dict(block=64), "copies": dict(block=64), "stages": dict(block=64), "stores": dict(block=128),
-            "peers": dict(grid=4, cluster=2), "arrivals": dict(grid=2, cluster=2), "flag": dict(block=64), "handover": dict(grid=5)}[kernel]  # fmt: skip
+            "peers": dict(grid=4, cluster=2), "habits": dict(block=64), "arrivals": dict(grid=2, cluster=2), "flag": dict(block=64),
+            "handover": dict(grid=5)}[kernel]  # fmt: skip
 
 
 def wanted(kernel):
@@ -89,3 +90,28 @@ def test_a_seed_repeats_a_run_exactly(monkeypatch):
 def test_checks_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("DSV4_SIM", "checks=off")
     np.testing.assert_array_equal(launch("exchange", 1), wanted("exchange"))
+
+
+HABITS = [(1, "no synchronisation|no bar.warp.sync"), (2, "have exited or do not exist"), (3, None), (4, "exits without waiting"), (5, "no bar.warp.sync"), (6, "no bar.warp.sync")]
+
+
+@pytest.mark.parametrize("habit, words", HABITS)
+def test_what_devices_do_beyond_the_isa(habit, words, monkeypatch):
+    """An alarm by default; with strict=off such kernels run, and give what they give on a device."""
+    for schedule in SCHEDULES:
+        monkeypatch.setenv("DSV4_SIM", schedule)
+        if words:
+            with pytest.raises(sim.SimError, match=words):
+                launch("habits", habit)
+        monkeypatch.setenv("DSV4_SIM", f"{schedule} strict=off")
+        stored = np.where(np.arange(64) < 32, A[:64], 0)
+        want = {1: np.roll(A[:64], 32), 2: np.where(np.arange(64) < 20, A[:64], 0), 3: np.zeros(64), 4: stored, 6: stored, 5: A[:64].reshape(-1, 2)[:, ::-1].ravel()}
+        np.testing.assert_array_equal(launch("habits", habit)[:64], want[habit], err_msg=schedule)
+
+
+def test_any_lane_may_be_elected(monkeypatch):
+    chosen = set()
+    for seed in range(1, 9):
+        monkeypatch.setenv("DSV4_SIM", f"schedule=random seed={seed}")
+        chosen.add(int(launch("habits", 3)[0]))
+    assert len(chosen) > 4

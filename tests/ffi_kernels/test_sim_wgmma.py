@@ -160,3 +160,22 @@ def test_integers_saturate():
 def test_threads_must_fence_what_they_wrote():
     with pytest.raises(sim.SimError, match="fence.proxy.async"):
         run("bf16_n64", drawn("bf16", (64, 16)), drawn("bf16", (64, 16)), sums(64), defect=1)
+
+
+@pytest.mark.parametrize("schedule", ["eager", "lazy", "random seed=1", "random seed=2"])
+@pytest.mark.skipif(sim.ON_DEVICE, reason="a device gives no alarm")
+def test_results_before_the_wait(schedule, monkeypatch):
+    """The compiler may move a copy of a result across the wait, nothing else. Devices wait, and begin when all four warps are there."""
+    monkeypatch.setenv("DSV4_SIM", f"schedule={schedule}")
+    a, b, c = drawn("bf16", (64, 16)), drawn("bf16", (8, 16)), sums(8)
+    want = run("early", a, b, c)
+    np.testing.assert_array_equal(want, spread((product(a, b) + c).astype(np.float32), False))
+    np.testing.assert_array_equal(run("early", a, b, c, defect=3), want)
+    for defect in (2, 4):
+        with pytest.raises(sim.SimError, match="no wgmma.wait_group lies between"):
+            run("early", a, b, c, defect=defect)
+    with pytest.raises(sim.SimError, match="hazard in shared memory: .*(waited for|no synchronisation between)"):
+        run("early", a, b, c, defect=5)
+    monkeypatch.setenv("DSV4_SIM", f"schedule={schedule} strict=off")
+    np.testing.assert_array_equal(run("early", a, b, c, defect=2), want)
+    np.testing.assert_array_equal(run("early", a, b, c, defect=5), want)

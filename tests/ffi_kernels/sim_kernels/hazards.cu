@@ -163,3 +163,22 @@ extern "C" __global__ void handover(const __grid_constant__ Ints p) {
   sum = __reduce_add_sync(~0u, sum);
   if (threadIdx.x == 0) p.d[1] = sum;
 }
+// What devices are known to do though the ISA does not promise it (strict=off). 1: a relaxed arrival at the cluster barrier
+// orders shared memory; 2: a member mask names lanes that have exited; 3: the lowest lane is elected; 4: a bulk store is in
+// flight at the end; 5: lanes that run together see each other's stores; 6: one lane's bulk store sees them too.
+extern "C" __global__ void habits(const __grid_constant__ Ints p) {
+  __shared__ __align__(128) int s[64];
+  if (p.n == 2 && threadIdx.x >= 20) return;
+  s[threadIdx.x] = p.a[threadIdx.x];
+  if (p.n == 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  else if (p.n < 5) __syncwarp();
+  int elected = 0, leads = 0;
+  if (p.n == 3) asm volatile("{ .reg .pred p; elect.sync %0|p, -1; selp.b32 %1, 1, 0, p; }" : "=r"(elected), "=r"(leads));
+  if (p.n != 4 && p.n != 6) {
+    p.d[threadIdx.x] = p.n == 3 ? elected : s[threadIdx.x ^ (p.n == 1 ? 32 : p.n == 5 ? 1 : 0)];
+    return;
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  if (p.n == 4) __syncwarp();
+  if (threadIdx.x == 0) asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], 128;\n cp.async.bulk.commit_group;" ::"l"(p.d), "r"(at(s)) : "memory");
+}

@@ -29,6 +29,20 @@ __device__ void cluster_sync() { asm volatile("barrier.cluster.arrive.release.al
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %6, 0; tcgen05.mma." group ".kind::" kind ".block_scale.scale_vec::" vec " [%0], %1, %2, %3, [%4], [%5], p; }" ::"r"(d), "l"(a), \
                "l"(b), "r"(p.idesc), "r"(sa), "r"(sb), "r"(add))
 
+// Rows of A [rows][32 bytes of each step] from shared memory to columns `to` of tensor memory, again in every `rows` lanes.
+__device__ void to_tensor(const uint8_t* s, const Tile& p, int rows, uint32_t to) {
+  const int row = threadIdx.x % rows;
+  for (int k = 0; k < p.steps; ++k) {
+    uint32_t v[8];
+    for (int w = 0; w < 8; ++w) v[w] = *reinterpret_cast<const uint32_t*>(s + k * p.a_step + row / 8 * 128 + row % 8 * 16 + w % 4 * 4 + w / 4 * p.leading);
+    asm volatile("tcgen05.st.sync.aligned.32x32b.x8.b32 [%0], {%1,%2,%3,%4,%5,%6,%7,%8};" ::"r"(to + 8 * k + (threadIdx.x / 32 * 32 << 16)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(v[4]),
+                 "r"(v[5]), "r"(v[6]), "r"(v[7]) : "memory");
+  }
+  asm volatile("tcgen05.wait::st.sync.aligned;\n tcgen05.fence::before_thread_sync;" ::: "memory");
+  __syncthreads();
+  asm volatile("tcgen05.fence::after_thread_sync;");
+}
+
 template <int Kind, int Group> __device__ void tile(const Tile& p) {
   extern __shared__ __align__(1024) uint8_t s[];
   __shared__ uint64_t done;
@@ -54,6 +68,7 @@ template <int Kind, int Group> __device__ void tile(const Tile& p) {
   if (Group == 2) cluster_sync();
   asm volatile("tcgen05.fence::after_thread_sync;");
   const uint32_t d = tensor, sa0 = d + 256, sb0 = d + 384;
+  if (Kind == 5) to_tensor(s, p, (p.idesc >> 24 & 31) * 16, sa0);
   if (t == 0 && rank == 0) {
     for (int k = 0; k < p.steps; ++k) {
       const uint32_t sa = sa0 + (k % 2) * 16, sb_ = sb0 + (k % 2) * 16, sb = sb_;
@@ -69,12 +84,13 @@ template <int Kind, int Group> __device__ void tile(const Tile& p) {
       if (Kind == 0 && Group == 1) PLAIN(GROUP1, "f16");
       if (Kind == 0 && Group == 2) PLAIN(GROUP2, "f16");
       if (Kind == 1 && Group == 1) PLAIN(GROUP1, "f8f6f4");
+      if (Kind == 4) asm volatile("{ .reg .pred p; setp.ne.b32 p, %4, 0; tcgen05.mma.ws.cta_group::1.kind::f16.collector::b1::discard [%0], %1, %2, %3, p, 0; }" ::"r"(d), "l"(a), "l"(b), "r"(p.idesc), "r"(add));
+      if (Kind == 5) asm volatile("{ .reg .pred p; setp.ne.b32 p, %4, 0; tcgen05.mma.ws.cta_group::1.kind::f16 [%0], [%1], %2, %3, p; }" ::"r"(d), "r"(sa0 + 8 * k), "l"(b), "r"(p.idesc), "r"(add));
       if (Kind == 2 && Group == 1) SCALED(GROUP1, "mxf4nvf4", "4X");
       if (Kind == 2 && Group == 2) SCALED(GROUP2, "mxf4nvf4", "4X");
       if (Kind == 3 && Group == 1) SCALED(GROUP1, "mxf8f6f4", "1X");
     }
-    if (Group == 1 && p.defect == 8) asm volatile("tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.b64 [%0];" ::"r"(at(&done)) : "memory");
-    else if (Group == 1 && p.defect != 3) asm volatile("tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];" ::"r"(at(&done)) : "memory");
+    if (Group == 1 && p.defect != 3) asm volatile("tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];" ::"r"(at(&done)) : "memory");
     if (Group == 2) asm volatile("tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.multicast::cluster.b64 [%0], %1;" ::"r"(at(&done)), "h"(uint16_t(3)) : "memory");
   }
   __syncwarp();
@@ -102,3 +118,5 @@ extern "C" __global__ void __launch_bounds__(128) tile_fp8(const __grid_constant
 extern "C" __global__ void __launch_bounds__(128) tile_nvfp4(const __grid_constant__ Tile p) { tile<2, 1>(p); }
 extern "C" __global__ void __launch_bounds__(128) tile_nvfp4_pair(const __grid_constant__ Tile p) { tile<2, 2>(p); }
 extern "C" __global__ void __launch_bounds__(128) tile_mxfp8(const __grid_constant__ Tile p) { tile<3, 1>(p); }
+extern "C" __global__ void __launch_bounds__(128) tile_bf16_ws(const __grid_constant__ Tile p) { tile<4, 1>(p); }
+extern "C" __global__ void __launch_bounds__(128) tile_bf16_ws_ts(const __grid_constant__ Tile p) { tile<5, 1>(p); }

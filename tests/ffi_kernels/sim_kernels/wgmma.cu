@@ -63,7 +63,7 @@ __device__ uint64_t descriptor(uint32_t start, int leading, int stride, int swiz
   for (int i = threadIdx.x; i < p.a_bytes; i += 128) s[i] = p.a[i];                                                          \
   for (int i = threadIdx.x; i < p.b_bytes; i += 128) sb[i] = p.b[i];                                                         \
   if (p.defect != 1) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");                                            \
-  __syncthreads();                                                                                                           \
+  if (p.defect != 5) __syncthreads();                                                                                        \
   uint32_t d[count];                                                                                                         \
   _Pragma("unroll") for (int i = 0; i < count; ++i) d[i] = p.d[i * 128 + threadIdx.x];                                       \
   const uint64_t b = descriptor(at(sb) + p.b_start, p.b_leading, p.b_stride, p.swizzle);
@@ -98,3 +98,20 @@ REGISTERS_32(bf16_registers, "m64n64k16.f32.bf16.bf16", ", 1, 1, 0") REGISTERS_3
 REGISTERS_16(f16_registers_sums, "m64n64k16.f16.f16.f16", ", 1, 1, 0") REGISTERS_32(tf32_registers, "m64n64k8.f32.tf32.tf32", ", 1, 1") REGISTERS_32(e4m3_registers, "m64n64k32.f32.e4m3.e4m3", ", 1, 1")
 REGISTERS_32(e5m2_registers, "m64n64k32.f32.e5m2.e4m3", ", 1, 1") REGISTERS_32(s8_registers, "m64n64k32.s32.s8.s8", "") REGISTERS_32(u8_registers, "m64n64k32.s32.u8.s8", "")
 REGISTERS_128(bf16_registers_n256, "m64n256k16.f32.bf16.bf16", ", 1, 1, 0")
+
+// What becomes of a result before the wait. Defects: 1, no proxy fence; 2, it is used; 3, none: it is copied, and the copy used
+// after the wait; 4, the copy is used before it; 5, the warps do not meet between their stores and the product.
+extern "C" __global__ void __launch_bounds__(128) early(const __grid_constant__ Product p) {
+  PREPARE(4)
+  const uint64_t a = descriptor(at(s) + p.a_start, p.a_leading, p.a_stride, p.swizzle);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, %4, %5, 1, 1, 1, 0, 0;" : OUT_4(0) : "l"(a), "l"(b));
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  uint32_t copy = 0;
+  if (p.defect == 2) asm volatile("add.u32 %0, %0, 0;" : "+r"(d[0]));
+  if (p.defect == 3 || p.defect == 4) asm volatile("mov.b32 %0, %1;" : "=r"(copy) : "r"(d[0]));
+  if (p.defect == 4) asm volatile("add.u32 %0, %0, 0;" : "+r"(copy));
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  if (p.defect == 3 || p.defect == 4) d[0] = copy;
+  _Pragma("unroll") for (int i = 0; i < 4; ++i) p.d[i * 128 + threadIdx.x] = d[i];
+}
