@@ -8,6 +8,7 @@ the same bytes. Not here: formats of values (`transcode.py`), names and shapes (
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 from checkpoints import layout, matching, planning, transcode
-from checkpoints.journal import Journal
+from checkpoints.journal import Journal, remove_leftovers
+from checkpoints.matrix import ValueProblem
 from checkpoints.planning import Plan, Task
-from checkpoints.reader import SHOWN_PROBLEMS, Source, SourceError, open_source, read_json
-from checkpoints.transcode import Report, ValueProblem
+from checkpoints.reader import SHOWN_PROBLEMS, Source, SourceError, open_source, read_json_file
+from checkpoints.transcode import Report
 from dsv4_jax.precision import Recipe
 
 _BLOCK = 2**18  # bytes of a file that are hashed at a time: they stay in the cache
@@ -70,45 +72,65 @@ def convert(
     same call resumes.
     """
     destination = Path(destination)
-    if destination.exists():
-        raise ValueError(f"{destination} exists already; a checkpoint is never overwritten: delete it first or convert elsewhere.")
     began = time.perf_counter()
+    with _trouble_told(destination):
+        _refuse_existing(destination)
     with open_source(source) as opened:
         plan = plan_conversion(opened, recipe, tensor=tensor, allow_inexact=allow_inexact)
         tokenizer = _tokenizer(opened)
-        with Journal(destination, _fingerprint(opened, plan, tokenizer, allow_inexact)) as journal:
-            notices = list(plan.matched.notices)
-            if journal.restarted:
-                notices.append("an unfinished conversion of something else was found and removed")
-            if tokenizer is None:
-                notices.append("there is no tokenizer.json, so the checkpoint takes token ids only")
-            resumed = len(journal.done)
+        with _trouble_told(destination), Journal(destination, _fingerprint(opened, plan, tokenizer, allow_inexact)) as journal:
+            notices, resumed = _notices(plan, journal, tokenizer), len(journal.done)
             weights = journal.checkpoint / "weights"
             _prepare(plan, journal, weights)
             _run(opened, plan, journal, weights, allow_inexact, workers, progress)
             _unchanged(opened)
             reports = _reports(plan, journal)
             _describe(opened, plan, journal, reports, tokenizer)
-            if destination.exists():
-                raise ValueError(f"{destination} appeared while converting; move it away and run the same again.")
+            _refuse_existing(destination)
             journal.finish()
     return Conversion(destination, plan, reports, notices, resumed, time.perf_counter() - began)
 
 
+@contextlib.contextmanager
+def _trouble_told(destination: Path) -> Iterator[None]:
+    """What the operating system refuses (a full disk, missing rights, a bad name) becomes a ValueError with a sentence."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise ValueError(
+            f"the conversion to {destination} stopped: {error.strerror or error}{where}. Once that is mended, the same command resumes it."
+        ) from error
+
+
+def _refuse_existing(destination: Path) -> None:
+    if os.path.lexists(destination):
+        remove_leftovers(destination)
+        raise ValueError(f"{destination} exists already; a checkpoint is never overwritten: delete it first or convert elsewhere.")
+
+
+def _notices(plan: Plan, journal: Journal, tokenizer: bytes | None) -> list[str]:
+    notices = list(plan.matched.notices)
+    if journal.restarted:
+        notices.append("an unfinished conversion of something else was found and removed")
+    if journal.distrusted:
+        notices.append(f"the machine was started again, so the last {journal.distrusted} steps, which may not be on its disk, are repeated")
+    if tokenizer is None:
+        notices.append("there is no tokenizer.json, so the checkpoint takes token ids only")
+    return notices
+
+
 def _tokenizer(source: Source) -> bytes | None:
     path = source.directory / "tokenizer.json"
-    if not path.exists():
-        return None
-    read_json(path)
-    return path.read_bytes()
+    return read_json_file(path, unique_keys=False)[1] if path.exists() else None
 
 
 def _fingerprint(source: Source, plan: Plan, tokenizer: bytes | None, allow_inexact: bool) -> dict[str, Any]:
     return {
-        "files": {name: [f.size, f.mtime_ns, f.header_sha256] for name, f in source.files.items()},
+        "files": {name: [f.size, f.mtime_ns, f.ctime_ns, f.header_sha256] for name, f in source.files.items()},
         "config": plan.config.to_json(), "recipe": dataclasses.asdict(plan.recipe), "split": plan.split,
         "chunks": [layout.SMALLEST_CHUNK, layout.LARGEST_CHUNK], "allow_inexact": allow_inexact,
-        "tokenizer": tokenizer and hashlib.sha256(tokenizer).hexdigest(),
+        "tokenizer": tokenizer and hashlib.sha256(tokenizer).hexdigest(), "versions": _versions(),
     }  # fmt: skip
 
 
@@ -196,8 +218,6 @@ def _run(
         for thread in threads:
             thread.join()
         raise
-    if failures and isinstance(failures[0], OSError):
-        raise ValueError(f"the conversion stopped: {failures[0]}. Once that is mended, the same command resumes it.") from failures[0]
     if failures:
         raise failures[0]
     if problems:
@@ -216,7 +236,7 @@ def _sha256(source: Source, file: str) -> str:
 def _unchanged(source: Source) -> None:
     for name, known in source.files.items():
         now = (source.directory / name).stat()
-        if (now.st_size, now.st_mtime_ns) != (known.size, known.mtime_ns):
+        if (now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (known.size, known.mtime_ns, known.ctime_ns):
             raise ValueError(f"{source.directory / name} changed while it was being converted; run the same command again.")
 
 
@@ -267,7 +287,7 @@ def _describe(source: Source, plan: Plan, journal: Journal, reports: dict[str, R
     conversion = {
         "source": {
             "files": {name: {"bytes": f.size, "sha256": journal.done[f"sha256 {name}"]} for name, f in source.files.items()},
-            "config_sha256": hashlib.sha256((source.directory / "config.json").read_bytes()).hexdigest(),
+            "config_sha256": source.config_sha256,
             "tokenizer_sha256": tokenizer and hashlib.sha256(tokenizer).hexdigest(),
             "tensors": len(source.tensors), "formats": {role: dict(sorted(found.items())) for role, found in sorted(published.items())},
             "left_out": {"tensors": len(dropped), "first": dropped[:5]},

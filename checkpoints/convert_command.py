@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
+from typing import Iterator
 
+from checkpoints.journal import work_of
 from checkpoints.layout import DEFAULT_SPLIT
 from checkpoints.planning import RECIPE_NAMES, Plan
 from checkpoints.reader import Source
@@ -75,11 +80,15 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.destination is None:
         raise ValueError("DST is missing: name the new directory, or add --dry-run.")
-    with _Bar() as bar:
-        done = convert(
-            args.source, args.destination, args.recipe, tensor=tensor, allow_inexact=args.allow_inexact,
-            workers=args.workers, progress=bar.update,
-        )  # fmt: skip
+    try:
+        with _terminated_as_interrupted(), _Bar() as bar:
+            done = convert(
+                args.source, args.destination, args.recipe, tensor=tensor, allow_inexact=args.allow_inexact,
+                workers=args.workers, progress=bar.update,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"dsv4 convert: interrupted; the same command resumes it, or delete {work_of(args.destination)} to give up.", file=sys.stderr)
+        return 130
     for notice in done.notices:
         print(f"note: {notice}.", file=sys.stderr)
     told = {path: report_json(done.plan, path, report) for path, report in done.reports.items()}
@@ -97,11 +106,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, with which batch systems end a job, stops between two tensors as Ctrl-C does."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def dry_run_lines(source: Source, plan: Plan) -> list[str]:
     """What a conversion would read and write, and the bytes that devices will hold."""
     matched, gigabyte = plan.matched, 1e9
     lines = [f"{source.directory}: {len(source.tensors)} tensors in {len(source.files)} files, {source.nbytes / gigabyte:.1f} GB"]
-    lines += [f"note: {notice}" for notice in matched.notices]
+    lines += [f"note: {notice}." for notice in matched.notices]
     changes: dict[tuple[str, str, str], list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
     for path, pieces in matched.pieces.items():
         for piece in pieces:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +91,13 @@ def inspect(path: str | Path, mesh: dict[str, int] | None = None, expert_shardin
     what is wrong with the directory or the mesh; for published tensors that fit no model it lists them.
     """
     directory = Path(path)
-    if str(path) == store.EMBEDDED or not directory.is_dir() or (directory / "dsv4.json").exists():
+    try:
+        there = os.listdir(directory) if str(path) != store.EMBEDDED and os.path.isdir(directory) else None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be listed ({error.strerror}); make it readable, or copy it.") from None
+    if there is None or "dsv4.json" in there:
         found = _own(store.directory_of(path))
-    elif not (directory / "config.json").exists() and not any(directory.glob("*.safetensors*")):
+    elif "config.json" not in there and not any(".safetensors" in name for name in there):
         raise ValueError(
             f"{path} holds neither dsv4.json (a checkpoint of this package) nor config.json and .safetensors files (a "
             "published one); give the directory of a model."

@@ -1,7 +1,8 @@
 """A published checkpoint on disk, read without trust: safetensors headers, their index, and the bytes of tensors.
 
 `open_source` validates every header against the sizes of the files before anything is allocated and lists all problems;
-`Source` then reads tensors, or rows of them, with pread. Safetensors only: no pickle, no code from the checkpoint.
+`Source` then reads tensors, or rows of them, with pread. Safetensors only: no pickle, no code from the checkpoint, and
+regular files only (or links to them, as in the cache of Hugging Face): a pipe would wait for ever, a device never ends.
 Not here: what the names mean (`names.py`, `matching.py`).
 """
 
@@ -9,21 +10,27 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
 import struct
 from pathlib import Path
-from typing import Iterable
+from typing import Any, Iterable
 
 import ml_dtypes
 import numpy as np
 
 INDEX = "model.safetensors.index.json"
 LARGEST_HEADER = 32 * 2**20  # bytes; the 145,116 tensors of Pro in one file would need 20 MiB
-LARGEST_JSON = 64 * 2**20  # bytes of an index, a configuration or a tokenizer
+LARGEST_JSON = 64 * 2**20  # bytes of an index or a tokenizer
+LARGEST_CONFIG = 2**20
+MOST_CONTAINERS = 2**19  # lists and objects in a JSON file: millions of empty ones would take minutes and gigabytes
 LARGEST_RANK = 8
+LONGEST_NAME = 256
+LONGEST_PROBLEM = 400  # characters of one that are shown
 SHOWN_PROBLEMS = 20
 DTYPES = {
     "BOOL": np.dtype(np.bool_), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "U16": np.dtype(np.uint16),
@@ -40,8 +47,14 @@ class SourceError(ValueError):
     def __init__(self, where: str | Path, problems: Iterable[str], way_out: str):
         self.problems = list(problems)
         more = len(self.problems) - SHOWN_PROBLEMS
-        shown = "; ".join(self.problems[:SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
+        shown = "; ".join(map(printable, self.problems[:SHOWN_PROBLEMS])) + (f"; and {more} more" if more > 0 else "")
         super().__init__(f"{where} cannot be read: {shown}. {way_out}")
+
+
+def printable(text: str, length: int = LONGEST_PROBLEM) -> str:
+    """Text that came from a file, in one line that every terminal can show, shortened."""
+    text = text if len(text) <= length else text[: length - 3] + "..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,23 +75,29 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class ShardFile:
-    """One safetensors file: size in bytes now, size its header promises, and the sha256 of its header."""
+    """One safetensors file: size in bytes now, size its header promises, the sha256 of its header, and when its contents and
+    its inode last changed."""
 
     size: int
     promised: int
     header_sha256: str
     mtime_ns: int
+    ctime_ns: int
 
 
 class Source:
     """A directory of safetensors whose headers are valid. Thread-safe; close it, or use it in a `with`.
 
     tensors: name -> Entry, in the order of files and offsets. files: file name -> ShardFile. config: the parsed
-    config.json. notices: sentences about what was seen and is no error.
+    config.json. config_sha256: of that file. notices: sentences about what was seen and is no error.
     """
 
-    def __init__(self, directory: Path, tensors: dict[str, Entry], files: dict[str, ShardFile], config: dict, notices: list[str]):
+    def __init__(
+        self, directory: Path, tensors: dict[str, Entry], files: dict[str, ShardFile], config: dict, notices: list[str],
+        config_sha256: str = "",
+    ):  # fmt: skip
         self.directory, self.tensors, self.files, self.config, self.notices = directory, tensors, files, config, notices
+        self.config_sha256 = config_sha256
         self._open: dict[str, int] = {}
 
     @property
@@ -117,7 +136,7 @@ class Source:
     def _descriptor(self, file: str) -> int:
         fd = self._open.get(file)
         if fd is None:
-            fd = os.open(self.directory / file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            fd = _open_regular(self.directory / file)
             other = self._open.setdefault(file, fd)
             if other != fd:  # another thread was faster
                 os.close(fd)
@@ -135,18 +154,37 @@ class Source:
         self.close()
 
 
-def read_json(path: Path, object_pairs_hook=None):
-    """The contents of a JSON file, or ValueError with a sentence for whatever can be wrong with it."""
+def _open_regular(path: Path) -> int:
+    """A descriptor of a regular file; OSError for whatever else is there, without waiting for it."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, os.strerror(code) if code == errno.EISDIR else "it is no regular file", str(path))
+    return fd
+
+
+def read_json_file(
+    path: Path, limit: int = LARGEST_JSON, *, containers: int = MOST_CONTAINERS, unique_keys: bool = True,
+    way_out: str = "download it again",
+) -> tuple[Any, bytes]:  # fmt: skip
+    """(The contents of a JSON file, its bytes), or ValueError with a sentence for whatever can be wrong with it.
+
+    limit: bytes; containers: lists and objects that it may hold.
+    """
     try:
-        size = path.stat().st_size
-        if size > LARGEST_JSON:
-            raise ValueError(f"it has {size} bytes, more than the {LARGEST_JSON} that such a file may have")
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=object_pairs_hook)
+        with open(_open_regular(path), "rb") as file:
+            raw = file.read(limit + 1)
+        if len(raw) > limit:
+            raise ValueError(f"it has more than the {limit} bytes that such a file may have")
+        _refuse_containers(raw, containers)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique if unique_keys else None), raw
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; copy it from the published model.") from None
     except (OSError, ValueError, RecursionError) as error:
-        reason = "its JSON is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"{path} is not readable JSON ({reason}); download it again.") from None
+        reason = "its JSON is nested too deeply" if isinstance(error, RecursionError) else getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{path} is not readable JSON ({printable(reason)}); {way_out}.") from None
 
 
 def open_source(directory: str | Path, *, headers_only: bool = False) -> Source:
@@ -159,7 +197,7 @@ def open_source(directory: str | Path, *, headers_only: bool = False) -> Source:
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
         raise ValueError(f"{directory} {what}; give the directory that holds config.json and the .safetensors files.")
-    config = read_json(directory / "config.json")
+    config, config_bytes = read_json_file(directory / "config.json", LARGEST_CONFIG)
     if not isinstance(config, dict):
         raise ValueError(f"{directory / 'config.json'} holds no JSON object; download it again.")
     problems: list[str] = []
@@ -195,46 +233,51 @@ def open_source(directory: str | Path, *, headers_only: bool = False) -> Source:
         raise SourceError(directory, problems, "Download these files again from the publisher.")
     if short:
         notices.append(f"{len(short)} of {len(files)} files hold their header only, so this can be planned but not converted")
-    return Source(directory, tensors, files, config, notices)
+    return Source(directory, tensors, files, config, notices, hashlib.sha256(config_bytes).hexdigest())
 
 
 def _shards(directory: Path, problems: list[str]) -> tuple[dict[str, str] | None, list[str]]:
     """(tensor name -> file by the index, or None without an index; names of the files)."""
-    present = sorted(p.name for p in directory.glob("*.safetensors"))
-    if not (directory / INDEX).exists():
+    try:
+        found = sorted(name for name in os.listdir(directory) if not name.startswith("."))  # what begins so, systems leave behind
+    except OSError as error:
+        raise ValueError(f"{directory} cannot be listed ({error.strerror}); make it readable, or copy it.") from None
+    present = [name for name in found if name.endswith(".safetensors")]
+    if INDEX not in found:
         if not present:
-            pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+            pickles = [name for name in found if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
             hint = f" ({pickles[0]} is a pickle, which could run code, and is never read)" if pickles else ""
             raise ValueError(f"{directory} holds no .safetensors file{hint}; give the directory of a safetensors checkpoint.")
         return None, present
     try:
-        index = read_json(directory / INDEX, object_pairs_hook=_unique)
+        index, _ = read_json_file(directory / INDEX)
     except ValueError as error:
         raise SourceError(directory, [str(error).rstrip(".")], "Without its index no tensor can be trusted.") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise SourceError(directory, [f"{INDEX} has no weight_map of names to files"], "Download the index again.")
-    good = []
-    for file in sorted(set(weight_map.values())):
+    good, there = [], set(present)
+    for file, count in sorted(collections.Counter(weight_map.values()).items()):
         if file != os.path.basename(file) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
             problems.append(f"{INDEX} names {file[:80]!r}, which is not the plain name of a .safetensors file")
-        elif file not in present:
-            count = sum(told == file for told in weight_map.values())
+        elif file not in there:
             problems.append(f"{file} with {count} tensors is missing")
         else:
             good.append(file)
     return weight_map, good
 
 
-class _Duplicate(ValueError):
-    pass
+def _refuse_containers(raw: bytes, most: int) -> None:
+    count = raw.count(b"[") + raw.count(b"{")
+    if count > most:
+        raise ValueError(f"it has {count} opening brackets, more than {most}")
 
 
 def _unique(pairs: list[tuple]) -> dict:
     out = dict(pairs)
     if len(out) != len(pairs):
         twice = next(key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1)
-        raise _Duplicate(f"the key {twice[:80]!r} occurs twice")
+        raise ValueError(f"the key {twice[:80]!r} occurs twice")
     return out
 
 
@@ -245,13 +288,13 @@ def read_header(path: Path) -> tuple[ShardFile, list[Entry]]:
     """
     name = path.name
     try:
-        with path.open("rb") as file:
+        with open(_open_regular(path), "rb") as file:
             status = os.fstat(file.fileno())
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise ValueError(f"{name} has {len(prefix)} bytes, fewer than the 8 of a safetensors length")
             (length,) = struct.unpack("<Q", prefix)
-            limit = min(LARGEST_HEADER, status.st_size - 8)
+            limit = max(0, min(LARGEST_HEADER, status.st_size - 8))
             if length > limit:
                 raise ValueError(f"{name} claims a header of {length} bytes, but at most {limit} are possible")
             raw = file.read(length)
@@ -260,6 +303,7 @@ def read_header(path: Path) -> tuple[ShardFile, list[Entry]]:
     if len(raw) < length:
         raise ValueError(f"{name} ends inside its header")
     try:
+        _refuse_containers(raw, 3 * raw.count(b'"data_offsets"') + 2000)  # three for a tensor, and what the metadata quotes
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
@@ -279,11 +323,11 @@ def read_header(path: Path) -> tuple[ShardFile, list[Entry]]:
             raise ValueError(f"{entry.name} of {name} begins at byte {entry.offset} instead of {at}, so it {trouble}")
         at += entry.nbytes
     digest = hashlib.sha256(prefix + raw).hexdigest()
-    return ShardFile(status.st_size, at, digest, status.st_mtime_ns), entries
+    return ShardFile(status.st_size, at, digest, status.st_mtime_ns, status.st_ctime_ns), entries
 
 
 def _entry(file: str, name: str, value, start: int) -> Entry:
-    if not name.isprintable() or len(name) > 256:
+    if not name.isprintable() or len(name) > LONGEST_NAME:
         raise ValueError(f"{file} names a tensor {name[:80]!r}, which is no name that a person gave")
     what = f"{name} of {file}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:

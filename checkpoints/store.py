@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 import zlib
@@ -25,6 +26,7 @@ import jax
 import numpy as np
 
 from checkpoints import layout
+from checkpoints.reader import printable, read_json_file
 from dsv4_jax import pack, params
 from dsv4_jax.model import Model
 from dsv4_jax.precision import Recipe
@@ -32,6 +34,8 @@ from ffi_kernels.tensor import array_fields
 
 FORMAT_VERSION = 1
 EMBEDDED = "tiny"
+LARGEST_DESCRIPTION = 2**28  # bytes of dsv4.json
+MOST_FILES = 2**22  # Pro that was cut for 64 devices has 794,630
 CHECKED_BYTES = 2**30  # larger checkpoints are checked by the sizes of their files only, not by their contents
 
 
@@ -128,13 +132,13 @@ def directory_of(path: str | Path) -> Path:
     """The directory of a model of this package ("tiny": the embedded one); ValueError if there is none at `path`."""
     embedded = str(path) == EMBEDDED
     directory = Path(__file__).parent / EMBEDDED if embedded else Path(path)
-    if not directory.exists():
+    if not os.path.exists(directory):
         if embedded:
             raise ValueError(f"the embedded model is not part of this installation ({directory} does not exist).")
         raise ValueError(f'{path} does not exist; give a directory written by checkpoints.save, or "{EMBEDDED}".')
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise ValueError(f"{path} is a file; give the directory of a model written by checkpoints.save.")
-    if not (directory / "dsv4.json").is_file():
+    if not os.path.lexists(directory / "dsv4.json"):
         if any(directory.glob("*.safetensors*")):
             raise ValueError(
                 f"{path} is a Hugging Face checkpoint (safetensors), not one of this package; convert it first "
@@ -149,25 +153,34 @@ def directory_of(path: str | Path) -> Path:
 def _parse_json(text: str, what: str, way_out: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not readable JSON ({error}); {way_out}.") from error
 
 
 def description(directory: Path) -> dict[str, Any]:
     """The contents of dsv4.json, whose version, recipe and files are known to be there."""
     path = directory / "dsv4.json"
-    text = path.read_text(encoding="utf-8", errors="replace")
-    found = _parse_json(text, str(path), "the checkpoint is damaged: copy or save it again")
+    found, _ = read_json_file(
+        path, LARGEST_DESCRIPTION, containers=MOST_FILES, way_out="the checkpoint is damaged: copy or save it again"
+    )
     version = found.get("format_version") if isinstance(found, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version {version!r}, but this package reads {FORMAT_VERSION} only; load it with the "
+            f"{path} has format_version {printable(repr(version))}, but this package reads {FORMAT_VERSION} only; load it with the "
             "package that wrote it, or save it again with this one."
         )
-    complete = set(found.get("recipe") or ()) == {f.name for f in dataclasses.fields(Recipe)}
-    if not complete or not isinstance(found.get("files"), dict):
+    recipe, files = found.get("recipe"), found.get("files")
+    complete = isinstance(recipe, dict) and set(recipe) == {f.name for f in dataclasses.fields(Recipe)}
+    if not complete or not isinstance(files, dict) or not all(map(_is_file_of_weights, files.items())):
         raise ValueError(f"{path} lacks the recipe or the files of the checkpoint; it is damaged: copy or save it again.")
     return found
+
+
+def _is_file_of_weights(item: tuple[str, Any]) -> bool:
+    """Whether an entry of `files` names a file below weights/, with its size and its crc32 or null."""
+    name, value = item
+    below = name.isprintable() and name.startswith("weights/") and ".." not in name.split("/")
+    return below and isinstance(value, list) and [type(v) for v in value] in ([int, int], [int, type(None)])
 
 
 def check_files(directory: Path, files: dict[str, list[int | None]]) -> None:
@@ -175,7 +188,7 @@ def check_files(directory: Path, files: dict[str, list[int | None]]) -> None:
     thorough = sum(size for size, _ in files.values()) <= CHECKED_BYTES
     for name, (size, crc32) in files.items():
         path = directory / name
-        found = path.stat().st_size if path.is_file() else None
+        found = os.path.getsize(path) if os.path.isfile(path) else None
         if found is None:
             trouble = "is missing"
         elif found != size:

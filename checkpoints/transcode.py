@@ -1,13 +1,11 @@
-"""One task of a conversion: read a matrix by slabs of rows, check its values, change its format, write it.
+"""One task of a conversion: read a matrix by slabs of rows, change its format, write it. Memory is bounded by the slab.
 
-Memory is bounded by the slab, not by the tensor. Values that no checkpoint should hold (scales or weights that are not
-numbers, ids out of range) and blocks that a lossless conversion would lose raise `ValueProblem`, a sentence.
+Blocks that a lossless conversion would lose, and ids out of range, raise `ValueProblem`, as the values that `matrix.py` refuses.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import threading
 from pathlib import Path
 
@@ -15,11 +13,11 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints import requantize as rq
+from checkpoints.matrix import PLAIN, Matrix, ValueProblem
 from checkpoints.planning import Task
-from checkpoints.reader import Entry, Source
-from checkpoints.requantize import FP8_BLOCK, Error
+from checkpoints.reader import Source
+from checkpoints.requantize import FP8_BLOCK, MXFP4_BLOCK, NVFP4_BLOCK, Error
 
-SLAB = 4 * 2**20  # elements that are converted at a time
 COPY = 2 * 2**20  # bytes that are copied at a time: they stay in the cache between reading and writing
 _local = threading.local()
 
@@ -29,10 +27,6 @@ def _buffer(size: int) -> np.ndarray:
     if getattr(_local, "buffer", np.empty(0)).size < size:
         _local.buffer = np.empty(size, np.uint8)
     return _local.buffer
-
-
-class ValueProblem(ValueError):
-    """A value that stops the conversion; says which and how many."""
 
 
 @dataclasses.dataclass
@@ -56,40 +50,33 @@ class Report:
 
 def run(task: Task, source: Source, weights: Path, *, strict: bool, allow_inexact: bool) -> Report:
     """Convert one task into the arrays under `weights`. ValueProblem if its values do not allow that."""
-    return _Run(task, source, weights, strict, allow_inexact).run()
+    return _Run(task, Matrix(task, source), weights, strict, allow_inexact).run()
 
 
+@dataclasses.dataclass
 class _Run:
-    def __init__(self, task: Task, source: Source, weights: Path, strict: bool, allow_inexact: bool):
-        self.task, self.source, self.weights = task, source, weights
-        self.strict, self.allow_inexact = strict, allow_inexact
-        self.form, self.data = task.piece.form, task.piece.parts["data"]
-        self.scale_entry = task.piece.parts.get("scale")
-        self.rows_per_slab = max(FP8_BLOCK, SLAB // max(task.columns, 1) // FP8_BLOCK * FP8_BLOCK)
+    task: Task
+    matrix: Matrix
+    weights: Path
+    strict: bool
+    allow_inexact: bool
 
     def run(self) -> Report:
-        pair = (self.form, self.task.target)
-        if pair == ("fp8", "fp8"):
+        form, target = self.matrix.form, self.task.target
+        simple = form in ("mxfp4", "nvfp4") or self.matrix.has_power_of_two_scales
+        if target == form == "fp8":
             return self._fp8_to_fp8()
-        if pair == ("mxfp4", "mxfp4"):
-            return self._copied_fp4(self._e8m0(self.scale_entry, self.task.row, self.task.rows))
-        if pair == ("nvfp4", "nvfp4"):
-            scale, global_scale = self._nvfp4_scales()
-            return self._copied_fp4(scale, global_scale)
-        if pair == ("mxfp4", "nvfp4"):
-            return self._mxfp4_to_nvfp4()
-        if pair == ("fp8", "nvfp4") and self.scale_entry.dtype == "F8_E8M0" and self.task.columns % rq.NVFP4_BLOCK == 0:
-            return self._fp8_to_nvfp4()
-        if self.form in ("bfloat16", "float32", "int32", "int64") and self.task.target in ("bfloat16", "float32", "int32"):
+        if target == form == "mxfp4":
+            return self._copied_fp4(self.matrix.e8m0())
+        if target == form == "nvfp4":
+            return self._copied_fp4(*self.matrix.nvfp4_scales())
+        if target == "nvfp4":
+            return self._mxfp4_to_nvfp4() if form == "mxfp4" else self._fp8_to_nvfp4() if simple else self._to_nvfp4()
+        if target in PLAIN and form in PLAIN:
             return self._plain()
-        return self._through_fp32()
+        return self._dequantized() if target in PLAIN and simple else self._through_fp32()
 
-    # --- reading and writing -----------------------------------------------------------------------------------
-
-    def _read(self, entry: Entry, start: int, rows: int, columns: int, dtype=np.uint8) -> np.ndarray:
-        """Rows [start, start + rows) of the task, from an entry with this many columns."""
-        first = (self.task.row + start) * columns
-        return self.source.read_flat(entry, first, first + rows * columns).view(dtype).reshape(rows, columns)
+    # --- writing -----------------------------------------------------------------------------------------------
 
     def _write(self, part: str, row: int, block: np.ndarray) -> None:
         """Rows of one array of the task; `block` is [rows, columns] in bytes or in the array's dtype."""
@@ -107,68 +94,15 @@ class _Run:
         array, lead = self.task.arrays["global_scale"], self.task.lead
         array.write(self.weights, () if lead is None else (lead,), np.full(array.shape and (1,), value, np.float32))
 
-    def _slabs(self, rows_at_once: int | None = None):
-        step = rows_at_once or self.rows_per_slab
-        for start in range(0, self.task.rows, step):
-            yield start, min(step, self.task.rows - start)
-
     def _copy(self, columns: int, check=None) -> None:
-        buffer = _buffer(min(self.task.rows * columns, max(COPY, columns)))
-        for start, rows in self._slabs(max(1, COPY // max(columns, 1))):
+        data, buffer = self.matrix.data, _buffer(min(self.task.rows * columns, max(COPY, columns)))
+        for start, rows in self.matrix.slabs(max(1, COPY // max(columns, 1))):
             block = buffer[: rows * columns]
-            offset = self.data.offset + (self.task.row + start) * columns
-            self.source.pread(self.data.file, offset, memoryview(block))
+            self.matrix.source.pread(data.file, data.offset + (self.task.row + start) * columns, memoryview(block))
             block = block.reshape(rows, columns)
             if check:
                 check(block)
             self._write("data", start, block)
-
-    # --- scales ------------------------------------------------------------------------------------------------
-
-    def _e8m0(self, entry: Entry, start: int, rows: int) -> np.ndarray:
-        columns = entry.shape[-1]
-        scale = self.source.read_flat(entry, start * columns, (start + rows) * columns).view(np.uint8).reshape(rows, columns)
-        bad = int((scale == 255).sum())
-        if bad:
-            raise ValueProblem(f"{entry.name} holds {bad} scales that are not a number (the e8m0 byte 255)")
-        return scale
-
-    def _fp8_scale(self) -> tuple[np.ndarray, int, np.ndarray | None]:
-        """(fp32 scale [rows of scales, K/128], rows of the source per row of scales, e8m0 bytes if all are powers of two)."""
-        entry = self.scale_entry
-        if entry.dtype == "F8_E8M0":
-            scale = self._e8m0(entry, 0, entry.shape[0])
-            return rq.power_of_two(scale), FP8_BLOCK, scale
-        scale = self.source.read(entry).astype(np.float32)
-        bad = int((~(np.isfinite(scale) & (scale > 0))).sum())
-        if bad:
-            raise ValueProblem(f"{entry.name} holds {bad} scales that are not positive numbers")
-        total, width = self.data.shape[0], -(-self.task.columns // FP8_BLOCK)
-        if entry.shape == (-(-total // FP8_BLOCK), width):
-            rows = FP8_BLOCK
-        elif scale.size == 1:  # one for all
-            scale, rows = np.full((1, width), scale.reshape(()), np.float32), total
-        else:  # one per row
-            scale, rows = np.repeat(scale.reshape(total, 1), width, axis=1), 1
-        mantissa, exponent = np.frexp(scale)
-        fits = (mantissa == 0.5).all() and (np.abs(exponent - 1) <= 127).all()
-        return scale, rows, (exponent + 126).astype(np.uint8) if fits else None
-
-    def _nvfp4_scales(self) -> tuple[np.ndarray, np.float32]:
-        entry = self.scale_entry
-        columns = entry.shape[-1]
-        scale = self._read(entry, 0, self.task.rows, columns)
-        bad = int((scale > 0x7E).sum())  # the sign, or not a number
-        if bad:
-            raise ValueProblem(f"{entry.name} holds {bad} block scales that are negative or not a number")
-        entry = self.task.piece.parts["global_scale"]
-        values = self.source.read(entry).reshape(-1)  # of wo_a, one per group where they differ
-        value = np.float32(values[self.task.lead if values.size > 1 else 0])
-        with np.errstate(all="ignore"):
-            wanted = np.float32(1) / value if self.task.piece.reciprocal else value
-        if not (np.isfinite(value) and 2.0**-126 <= wanted < math.inf):
-            raise ValueProblem(f"{entry.name} is {value}, which is no positive normal number")
-        return scale, wanted
 
     # --- from a format to itself, or without loss --------------------------------------------------------------
 
@@ -180,107 +114,87 @@ class _Run:
         return Report()
 
     def _mxfp4_to_nvfp4(self) -> Report:
-        scale, global_scale, lost = rq.mxfp4_scale_to_nvfp4(self._e8m0(self.scale_entry, self.task.row, self.task.rows))
-        inexact = 0
-        for row in np.flatnonzero(lost.any(1)):
-            used = self._read(self.data, int(row), 1, self.task.columns // 2).reshape(-1, rq.MXFP4_BLOCK // 2).any(-1)
+        name = self.matrix.data.name
+        scale, global_scale, lost = rq.mxfp4_scale_to_nvfp4(self.matrix.e8m0())
+        inexact, error = 0, None
+        for row in np.flatnonzero(lost.any(1)):  # a block of zeros is exact under any scale
+            used = self.matrix.packed(int(row), 1).reshape(-1, MXFP4_BLOCK // 2).any(-1)
             inexact += int((lost[row] & used).sum())
         if inexact and not self.allow_inexact:
             raise ValueProblem(
-                f"{self.data.name} has {inexact} blocks more than 2**17 below its largest scale, which NVFP4 cannot hold; "
+                f"{name} has {inexact} blocks more than 2**17 below its largest scale, which NVFP4 cannot hold; "
                 "--allow-inexact sets them to zero, --recipe official keeps them"
             )
+        if inexact:
+            error = Error()
+            for start, values in self.matrix.numbers():
+                gone = np.repeat(lost[start : start + len(values)], MXFP4_BLOCK, axis=1)
+                error += Error.between(values, np.where(gone, np.float32(0), values))
         self._copied_fp4(scale, global_scale)
-        return Report(inexact)
+        return Report(inexact, error)
 
     def _fp8_to_fp8(self) -> Report:
         task = self.task
-        _, rows_per_scale, powers = self._fp8_scale()
+        _, rows_per_scale, powers = self.matrix.fp8_scale()
         blocks = None if powers is None else _block_rows(powers, rows_per_scale, task.row, task.rows)
         if blocks is None:
             if not self.allow_inexact:
                 raise ValueProblem(
-                    f"{self.data.name} has scales that one power of two per 128 x 128 cannot hold; use --recipe nvfp4 or "
+                    f"{self.matrix.data.name} has scales that one power of two per 128 x 128 cannot hold; use --recipe nvfp4 or "
                     "bf16, or --allow-inexact to requantize it and report the error"
                 )
             return self._through_fp32()
-        self._copy(task.columns, self._refuse_nan_codes)
+        self._copy(task.columns, self.matrix.magnitudes)
         self._write("scale", 0, blocks)
         return Report()
-
-    def _refuse_nan_codes(self, codes: np.ndarray) -> None:
-        bad = int(np.count_nonzero((codes & np.uint8(0x7F)) == 0x7F))
-        if bad:
-            raise ValueProblem(f"{self.data.name} holds {bad} weights that are not a number (the e4m3 code 0x7F)")
 
     # --- conversions -------------------------------------------------------------------------------------------
 
     def _fp8_to_nvfp4(self) -> Report:
-        task = self.task
-        entry = self.scale_entry
-        first = task.row // FP8_BLOCK
-        bytes_ = self._e8m0(entry, first, -(-(task.row + task.rows) // FP8_BLOCK) - first)
-        powers = rq.power_of_two(bytes_)
-        amax = np.float32(0)
-        for start, rows in self._block_slabs():
-            codes = self._read(self.data, start, rows, task.columns)
-            self._refuse_nan_codes(codes)
-            largest = np.zeros(bytes_.shape[1] * FP8_BLOCK, np.uint8)
-            largest[: task.columns] = np.maximum.reduce(codes & np.uint8(0x7F), axis=0)
-            tiles = rq.E4M3[largest.reshape(-1, FP8_BLOCK).max(1)]
-            with np.errstate(over="ignore"):
-                amax = max(amax, (tiles * powers[(task.row + start) // FP8_BLOCK - first]).max())
-        if not np.isfinite(amax):
-            raise ValueProblem(f"{self.data.name} times its scales is beyond what fp32 can hold")
-        converter = rq.FP8ToNVFP4(bytes_, float(amax))
-        per_block = np.repeat(bytes_, FP8_BLOCK // rq.NVFP4_BLOCK, axis=1)[:, : task.columns // rq.NVFP4_BLOCK]
-        for start, rows in self._slabs():
-            codes = self._read(self.data, start, rows, task.columns)
-            row_blocks = (task.row + np.arange(start, start + rows)) // FP8_BLOCK - first
-            data, scale = converter.rows(codes, per_block[row_blocks])
-            self._write("data", start, data)
-            self._write("scale", start, scale)
-        self._write_global(converter.global_scale)
-        return Report(0, converter.error())
+        """From FP8 under powers of two."""
+        scale, error = self.matrix.e8m0(), Error()
+        global_scale = rq.nvfp4_global_scale(self.matrix.largest_of_fp8(scale))
+        self._write_global(global_scale)
+        per_block = np.repeat(scale, FP8_BLOCK // NVFP4_BLOCK, axis=1)[:, : self.task.columns // NVFP4_BLOCK]
+        for start, rows in self.matrix.slabs():
+            codes, of_rows = self.matrix.codes(start, rows, are_checked=True), (self.task.row + np.arange(start, start + rows)) // FP8_BLOCK
+            error += self._write_nvfp4(start, rq.fp8_to_nvfp4(codes, per_block[of_rows], global_scale))
+        return Report(0, error)
 
-    def _block_slabs(self):
-        """Slabs that lie within one row of 128 x 128 blocks of the source."""
-        start = 0
-        while start < self.task.rows:
-            stop = min(self.task.rows, start + FP8_BLOCK - (self.task.row + start) % FP8_BLOCK)
-            yield start, stop - start
-            start = stop
+    def _to_nvfp4(self) -> Report:
+        """From numbers that are plain, or FP8 under scales that are no powers of two."""
+        largest = (rq.largest_magnitude(x) for _, x in self.matrix.numbers())
+        global_scale, error = rq.nvfp4_global_scale(max(largest, default=np.float32(0))), Error()
+        self._write_global(global_scale)
+        for start, numbers in self.matrix.numbers():
+            error += self._write_nvfp4(start, rq.encode_nvfp4(numbers, global_scale))
+        return Report(0, error)
+
+    def _write_nvfp4(self, start: int, encoded: tuple[np.ndarray, np.ndarray, Error]) -> Error:
+        data, scale, lost = encoded
+        self._write("data", start, data)
+        self._write("scale", start, scale)
+        return lost
 
     def _plain(self) -> Report:
-        task, inexact = self.task, 0
+        task, data, inexact = self.task, self.matrix.data, 0
         target = task.arrays[""].dtype
-        size = self.data.np_dtype.itemsize
-        for start, rows in self._slabs(max(1, COPY // max(task.columns * size, 1))):
-            block = self._read(self.data, start, rows, task.columns, self.data.np_dtype)
+        for start, rows in self.matrix.slabs(max(1, COPY // max(task.columns * data.np_dtype.itemsize, 1))):
+            block = self.matrix.plain(start, rows)
             if task.target == "int32":
                 bad = int(((block < 0) | (block >= task.bound)).sum())
                 if bad:
-                    raise ValueProblem(f"{self.data.name} holds {bad} expert ids outside [0, {task.bound})")
-            else:
-                self._refuse_nan(block)
+                    raise ValueProblem(f"{data.name} holds {bad} expert ids outside [0, {task.bound})")
             changed = block if block.dtype == target else self._cast(block, target)
             if block.dtype == np.float32 and target != np.float32:
                 inexact += int((changed.astype(np.float32) != block).sum())
             self._write("", start, changed)
         if inexact and self.strict and not self.allow_inexact:
             raise ValueProblem(
-                f"{self.data.name} is fp32, and {inexact} of its values are no bf16 numbers; --recipe fp32 keeps them, "
+                f"{data.name} is fp32, and {inexact} of its values are no bf16 numbers; --recipe fp32 keeps them, "
                 "--allow-inexact rounds them"
             )
         return Report(inexact)
-
-    def _refuse_nan(self, block: np.ndarray) -> None:
-        if block.dtype == ml_dtypes.bfloat16:
-            bad = int(np.count_nonzero((block.view(np.uint16) & np.uint16(0x7FFF)) > 0x7F80))
-        else:
-            bad = int(np.count_nonzero(np.isnan(block)))
-        if bad:
-            raise ValueProblem(f"{self.data.name} holds {bad} values that are not a number")
 
     def _cast(self, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -288,56 +202,43 @@ class _Run:
         if dtype == ml_dtypes.bfloat16 and values.dtype == np.float32:
             lost = int(np.count_nonzero((out.view(np.uint16) & np.uint16(0x7FFF)) == 0x7F80) - np.count_nonzero(np.isinf(values)))
             if lost:
-                raise ValueProblem(f"{self.data.name} holds {lost} values beyond what bf16 can hold; --recipe fp32 keeps them")
+                raise ValueProblem(f"{self.matrix.data.name} holds {lost} values beyond what bf16 can hold; --recipe fp32 keeps them")
         return out
 
+    def _dequantized(self) -> Report:
+        """FP4, or FP8 under powers of two, to plain numbers."""
+        task, matrix, factor = self.task, self.matrix, np.float32(1)
+        if matrix.form == "nvfp4":
+            codes, factor = matrix.nvfp4_scales()
+        else:
+            codes = matrix.e8m0()
+        occurring, place = np.unique(codes), np.zeros(256, np.uint8)
+        place[occurring] = np.arange(len(occurring))
+        scales = rq.E4M3[occurring] if matrix.form == "nvfp4" else rq.power_of_two(occurring)
+        decoder = rq.Decoder(matrix.form, scales, task.arrays[""].dtype, factor)
+        for start, rows in matrix.slabs():
+            of_rows = np.arange(start, start + rows)
+            if matrix.form == "fp8":
+                data, of_rows = matrix.codes(start, rows), (task.row + of_rows) // FP8_BLOCK
+            else:
+                data = matrix.packed(start, rows)
+            self._write("", start, decoder.rows(data, place[codes[of_rows]]))
+        if decoder.beyond:
+            raise ValueProblem(f"{matrix.data.name} times its scales is beyond what {task.target} can hold")
+        return Report(0, decoder.lost)
+
     def _through_fp32(self) -> Report:
-        """Any format to any other: decode a slab to fp32, encode it, and measure what was lost."""
-        task, total = self.task, Error()
-        global_scale = None
-        if task.target == "nvfp4":
-            global_scale = rq.nvfp4_global_scale(max(float(np.abs(x).max(initial=0)) for _, x in self._decoded()))
-            self._write_global(global_scale)
-        for start, values in self._decoded():
-            after = self._encode(start, values, global_scale)
-            total += Error.between(values, after)
+        """To FP8 or MXFP4, or from FP8 under other scales to plain numbers; measures what is lost."""
+        total = Error()
+        for start, values in self.matrix.numbers():
+            values = values.astype(np.float32, copy=False)
+            total += Error.between(values, self._encode(start, values))
         return Report(0, total)
 
-    def _decoded(self):
-        """(first row, fp32 values) of each slab."""
-        task, columns = self.task, self.task.columns
-        if self.form == "fp8":
-            scale, rows_per_scale, _ = self._fp8_scale()
-        elif self.form == "mxfp4":
-            scale = rq.power_of_two(self._e8m0(self.scale_entry, task.row, task.rows))
-        elif self.form == "nvfp4":
-            scale, global_scale = self._nvfp4_scales()
-        for start, rows in self._slabs():
-            if self.form in ("bfloat16", "float32"):
-                block = self._read(self.data, start, rows, columns, self.data.np_dtype)
-                self._refuse_nan(block)
-                values = block.astype(np.float32)
-            elif self.form == "fp8":
-                codes = self._read(self.data, start, rows, columns)
-                self._refuse_nan_codes(codes)
-                which = (task.row + np.arange(start, start + rows)) // rows_per_scale
-                with np.errstate(over="ignore"):  # refused below
-                    values = rq.E4M3[codes] * rq.expand_fp8_scale(scale[which], columns)
-            else:
-                values = rq.unpack_e2m1(self._read(self.data, start, rows, columns // 2))
-                block_scale = scale[start : start + rows]
-                if self.form == "mxfp4":
-                    values = rq.decode_blocks(values, block_scale)
-                else:
-                    values = rq.decode_blocks(values, rq.E4M3[block_scale]) * global_scale
-            if not np.isfinite(values).all():
-                raise ValueProblem(f"{self.data.name} times its scales is beyond what fp32 can hold")
-            yield start, values
-
-    def _encode(self, start: int, values: np.ndarray, global_scale) -> np.ndarray:
+    def _encode(self, start: int, values: np.ndarray) -> np.ndarray:
         """Write a slab in the target format; what it holds now, as fp32."""
         target = self.task.target
-        if target in ("bfloat16", "float32"):
+        if target in PLAIN:
             out = self._cast(values, self.task.arrays[""].dtype)
             self._write("", start, out)
             return out.astype(np.float32)
@@ -345,15 +246,11 @@ class _Run:
             data, scale = rq.encode_fp8(values)
             self._write("scale", start // FP8_BLOCK, scale)
             scale = np.repeat(rq.power_of_two(scale), FP8_BLOCK, axis=0)[: len(values)]
-            after = rq.E4M3[data] * rq.expand_fp8_scale(scale, values.shape[1])
-        elif target == "mxfp4":
+            after = np.take(rq.E4M3, data) * rq.expand_fp8_scale(scale, values.shape[1])
+        else:
             data, scale = rq.encode_mxfp4(values)
             self._write("scale", start, scale)
             after = rq.decode_blocks(rq.unpack_e2m1(data), rq.power_of_two(scale))
-        else:
-            data, scale = rq.encode_nvfp4(values, global_scale)
-            self._write("scale", start, scale)
-            after = rq.decode_blocks(rq.unpack_e2m1(data), rq.E4M3[scale]) * global_scale
         self._write("data", start, data)
         return after
 

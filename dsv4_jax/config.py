@@ -26,13 +26,16 @@ class RopeScaling:
     beta_fast: float
     beta_slow: float
 
+    def __post_init__(self):
+        _check_numbers(self, "rope_scaling.")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture of a DeepSeek-V4 model; field names are those of the official config.json.
 
     `compress_ratios` has one entry per layer, then one per MTP block; each is 0 (window only),
-    4 (CSA) or 128 (HCA). Raises ValueError from the constructor when the fields contradict.
+    4 (CSA) or 128 (HCA). Raises ValueError from the constructor when the fields contradict, or are not of their type.
     """
 
     vocab_size: int
@@ -68,14 +71,11 @@ class ModelConfig:
     eos_token_id: int = 1
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and value < (0 if field.name in _MAY_BE_ZERO else 1):
-                raise ValueError(f"{field.name} = {value} is not positive; correct it in config.json.")
-        bad = sorted({r for r in self.compress_ratios if r not in (WINDOW, CSA, HCA)})
+        _check_numbers(self)
+        bad = list(dict.fromkeys(_shown(r) for r in self.compress_ratios if type(r) is not int or r not in (WINDOW, CSA, HCA)))
         if bad:
             raise ValueError(
-                f"compress_ratios holds {bad}; DeepSeek-V4 defines only 0 (window), 4 (CSA) and 128 (HCA). "
+                f"compress_ratios holds [{', '.join(bad[:5])}]; DeepSeek-V4 defines only 0 (window), 4 (CSA) and 128 (HCA). "
                 "Replace the entry, or use a model of this architecture."
             )
         expected = self.num_hidden_layers + self.num_nextn_predict_layers
@@ -126,23 +126,34 @@ class ModelConfig:
             path = Path(source)
             path = path / "config.json" if path.is_dir() else path
             try:
-                source = json.loads(path.read_text())
-            except (OSError, json.JSONDecodeError) as error:
-                raise ValueError(f"{path} is not a readable config.json: {error}") from error
-        raw = dict(source)
+                source = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise ValueError(f"{path} is not a readable config.json: {_shown(error)}.") from error
+            if not isinstance(source, dict):
+                raise ValueError(f"{path} is not a readable config.json: it holds no JSON object.")
+        try:
+            return cls._from_raw(dict(source))
+        except (TypeError, KeyError, AttributeError, OverflowError, IndexError) as error:
+            raise ValueError(
+                f"config.json has a field of the wrong type, or lacks a part of one ({_shown(error)}); take the file from the "
+                "published model."
+            ) from error
+
+    @classmethod
+    def _from_raw(cls, raw: dict[str, Any]) -> "ModelConfig":
         _refuse_other_models(raw)
         if "layer_types" in raw and "compress_ratios" not in raw:
             raw = _from_transformers_spelling(raw)
         for name, required in _REQUIRED_VALUES.items():
-            if name in raw and raw[name] not in (required, None):
+            if name in raw and raw[name] is not None and (type(raw[name]) is not type(required) or raw[name] != required):
                 raise ValueError(
-                    f"{name} = {raw[name]!r}, but this implementation of DeepSeek-V4 computes {required!r} only."
+                    f"{name} = {_shown(raw[name])}, but this implementation of DeepSeek-V4 computes {required!r} only."
                 )
         fields = {f.name: f for f in dataclasses.fields(cls)}
         unknown = sorted(set(raw) - set(fields) - set(_REQUIRED_VALUES) - _IGNORED)
         if unknown:
             raise ValueError(
-                f"config.json has fields this implementation does not know: {', '.join(unknown)}. "
+                f"config.json has fields this implementation does not know: {_listed(unknown)}. "
                 "They could change the computation; remove them if they do not."
             )
         missing = sorted(
@@ -190,7 +201,34 @@ def rope_frequencies(config: ModelConfig, ratio: int) -> list[float]:
     return [f / scaling.factor * (1 - k) + f * k for f, k in zip(frequencies, keep)]
 
 
-_MAY_BE_ZERO = {"num_hash_layers", "num_nextn_predict_layers", "bos_token_id", "eos_token_id"}
+def _shown(value) -> str:
+    """A value that came from a file, in one short line."""
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    return "".join(c if c.isprintable() else " " for c in text[:120]) + ("..." if len(text) > 120 else "")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(name if name.isidentifier() and len(name) < 60 else _shown(name) for name in names[:10]) + more
+
+
+def _check_numbers(config, prefix: str = "") -> None:
+    """ValueError unless every int and float field holds such a number in a range that makes sense."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        if field.type == "int":
+            fits = type(value) is int and abs(value) < 2**31
+        elif field.type == "float":
+            fits = type(value) in (int, float) and abs(value) < 1e30  # nan and inf are not
+        else:
+            continue
+        if not fits:
+            raise ValueError(f"{name} = {_shown(value)}, which is no {field.type} that this could be; take config.json from the published model.")
+        if value < 0 or value == 0 and name not in _MAY_BE_ZERO:
+            raise ValueError(f"{name} = {value} is not positive; correct it in config.json.")
+
+
+_MAY_BE_ZERO = {"num_hash_layers", "num_nextn_predict_layers", "bos_token_id", "eos_token_id", "hc_eps", "rms_norm_eps"}
 _REQUIRED_VALUES = {
     "num_key_value_heads": 1,
     "n_shared_experts": 1,
@@ -214,7 +252,7 @@ _LAYER_TYPES = {"sliding_attention": WINDOW, "compressed_sparse_attention": CSA,
 
 
 def _refuse_other_models(raw: Mapping[str, Any]) -> None:
-    names = [str(raw.get("model_type", "")), *map(str, raw.get("architectures") or [])]
+    names = [_shown(name).strip("'") for name in (raw.get("model_type", ""), *(raw.get("architectures") or []))]
     if any(re.search(r"v4[._-]?1", name, re.IGNORECASE) for name in names) or any(k.startswith("engram") for k in raw):
         raise ValueError(
             f"this is DeepSeek-V4.1 ({', '.join(filter(None, names))}), another architecture (shared caches, engram "
@@ -222,7 +260,7 @@ def _refuse_other_models(raw: Mapping[str, Any]) -> None:
         )
     if raw.get("model_type") != "deepseek_v4":
         raise ValueError(
-            f"model_type = {raw.get('model_type')!r}; this package implements 'deepseek_v4' only."
+            f"model_type = {_shown(raw.get('model_type'))}; this package implements 'deepseek_v4' only."
         )
 
 
@@ -231,18 +269,18 @@ def _from_transformers_spelling(raw: dict[str, Any]) -> dict[str, Any]:
     rates = raw.pop("compress_rates", None) or {}
     unknown = sorted(set(raw["layer_types"]) - set(_LAYER_TYPES))
     if unknown:
-        raise ValueError(f"layer_types holds {unknown}; DeepSeek-V4 defines only {sorted(_LAYER_TYPES)}.")
+        raise ValueError(f"layer_types holds {_shown(unknown)}; DeepSeek-V4 defines only {sorted(_LAYER_TYPES)}.")
     raw["compress_ratios"] = [
         rates.get(kind, _LAYER_TYPES[kind]) if _LAYER_TYPES[kind] else 0 for kind in raw.pop("layer_types")
     ]
     mlp_kinds = raw.pop("mlp_layer_types")
     raw["num_hash_layers"] = sum(kind == "hash_moe" for kind in mlp_kinds)
     if mlp_kinds != ["hash_moe"] * raw["num_hash_layers"] + ["moe"] * (len(mlp_kinds) - raw["num_hash_layers"]):
-        raise ValueError(f"mlp_layer_types = {mlp_kinds}: the hash-routed layers must come first.")
+        raise ValueError(f"mlp_layer_types = {_shown(mlp_kinds)}: the hash-routed layers must come first.")
     raw["num_nextn_predict_layers"] = 0
     rope = raw.pop("rope_parameters")
     if set(rope) != {"main", "compress"}:
-        raise ValueError(f"rope_parameters has the keys {sorted(rope)}; expected 'main' and 'compress'.")
+        raise ValueError(f"rope_parameters has the keys {_shown(sorted(rope))}; expected 'main' and 'compress'.")
     raw["rope_theta"] = rope["main"]["rope_theta"]
     raw["compress_rope_theta"] = rope["compress"]["rope_theta"]
     raw["rope_scaling"] = rope["compress"] if rope["compress"].get("rope_type") == "yarn" else None
@@ -256,7 +294,7 @@ def _rope_scaling(raw: Mapping[str, Any] | None) -> RopeScaling | None:
         return None
     kind = raw.get("type", raw.get("rope_type", "yarn"))
     if kind != "yarn":
-        raise ValueError(f"rope_scaling type {kind!r} is not known; DeepSeek-V4 uses 'yarn'.")
+        raise ValueError(f"rope_scaling type {_shown(kind)} is not known; DeepSeek-V4 uses 'yarn'.")
     missing = sorted({f.name for f in dataclasses.fields(RopeScaling)} - set(raw))
     if missing:
         raise ValueError(f"rope_scaling lacks {', '.join(missing)}; take config.json from the published model.")

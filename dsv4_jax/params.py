@@ -196,7 +196,12 @@ def init(config: ModelConfig, recipe: Recipe, key: jax.Array, std: float = 0.02)
 
 def abstract(config: ModelConfig, recipe: Recipe) -> Tree:
     """ShapeDtypeStructs in the formats of `recipe`: restore target and input of `jax.eval_shape`."""
-    return jax.eval_shape(lambda: init(config, recipe, jax.random.key(0)))
+    return map_params(lambda _, param: _abstract(param, recipe), config)
+
+
+@functools.cache  # layers are alike, and every load asks several times
+def _abstract(param: Param, recipe: Recipe):
+    return jax.eval_shape(lambda: initial(param, recipe, jax.random.key(0)))
 
 
 def spec(ctx: Context, name: str, param: Param, leaf):

@@ -39,6 +39,11 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def host_function(name: str):
+    """A plain C function of the library (`native/host/`) as ctypes knows it, or None where this build does not have it."""
+    return None if directory() is None else getattr(_library(), name, None)
+
+
 @functools.cache
 def why_not(backend: str) -> str | None:
     """None if this build has the kernels of `backend`, else a sentence that says what is missing and how to get it."""

@@ -14,7 +14,7 @@ from safetensors import safe_open  # noqa: E402
 import dsv4_jax as dsv4  # noqa: E402
 from checkpoints import convert, export_hf, exporting, inspect, layout, load, open_source, save  # noqa: E402
 from dsv4_jax import RECIPES, TINY, pack, params  # noqa: E402
-from models import small_model  # noqa: E402
+from models import lively_weights, small_model  # noqa: E402
 from published import ODD, Maker, write  # noqa: E402
 
 # wo_a groups of 128 rows and several blocks of columns: scales of groups and of the matrix are the same blocks
@@ -61,14 +61,23 @@ def test_official_tensors_come_back(tmp_path, chunked):
     assert inspect(tmp_path / "back").kind == "official (FP8 + MXFP4)"
 
 
+def wide_model(recipe):
+    """In memory, with another scale in every group, and every 128 columns, of wo_a."""
+    weights = lively_weights(WIDE, seed=0)
+    for block in (*weights["layers"], weights["mtp"]):
+        groups, _, columns = block["attn"]["wo_a"].shape
+        block["attn"]["wo_a"] *= 2 ** np.arange(groups * columns // 128).reshape(groups, 1, -1).repeat(128, axis=2).astype(np.float32)
+    return dsv4.Model(params.to_recipe(jax.tree.map(jax.numpy.asarray, weights), WIDE, RECIPES[recipe]), WIDE, RECIPES[recipe])
+
+
 @pytest.mark.parametrize("recipe", ["official", "nvfp4", "bf16", "fp32"])
 @pytest.mark.parametrize("config", ["odd", "wide"])
 def test_converting_an_export_gives_the_same_checkpoint(tmp_path, recipe, config, chunked):
     if config == "odd":  # from a publication, by conversion
         write(tmp_path / "official", Maker(ODD, "official").make())
         convert(tmp_path / "official", tmp_path / "first", recipe)
-    else:  # random weights in memory, with another scale in every group of wo_a
-        export_hf(dsv4.random_model(WIDE, RECIPES[recipe]), tmp_path / "random")
+    else:
+        export_hf(wide_model(recipe), tmp_path / "random")
         convert(tmp_path / "random", tmp_path / "first", recipe)
     export_hf(tmp_path / "first", tmp_path / "exported", shard_bytes=300_000)
     convert(tmp_path / "exported", tmp_path / "second", recipe)
@@ -160,7 +169,7 @@ def test_sentences(tmp_path):
     with pytest.raises(ValueError, match="nowhere does not exist; give a directory"):
         export_hf(tmp_path / "nowhere", tmp_path / "out")
     config = dataclasses.replace(TINY, num_hidden_layers=1, compress_ratios=(0, 0), num_attention_heads=4, o_groups=2)
-    weights = dsv4.random_model(config, RECIPES["official"]).weights  # 2 groups of 32 rows and 256 columns
+    weights = jax.tree.map(lambda x: x, small_model("official", config).weights)  # 2 groups of 32 rows and 256 columns
     wo_a = weights["layers"][0]["attn"]["wo_a"]
     weights["layers"][0]["attn"]["wo_a"] = dataclasses.replace(wo_a, scale=wo_a.scale.at[0, 0, 0].add(1))
     with pytest.raises(ValueError, match=r"layers\.0\.attn\.wo_a has FP8 scales per group of o_lora_rank = 32 rows .* recipe='bf16'"):

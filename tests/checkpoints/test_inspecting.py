@@ -4,19 +4,19 @@ import dataclasses
 import json
 
 import jax
-import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="publications are written by torch: pip install torch")
 
 import dsv4_jax as dsv4  # noqa: E402
-from checkpoints import inspecting, layout, load, matching, names, open_source, reader, save  # noqa: E402
+from checkpoints import inspecting, load, matching, open_source, reader, save  # noqa: E402
 from checkpoints.inspecting import inspect, tree  # noqa: E402
 from checkpoints.reading import size_text  # noqa: E402
 from dsv4_jax import FLASH, PRO, params  # noqa: E402
 from dsv4_jax.cli import main  # noqa: E402
 from models import small_model  # noqa: E402
 from published import KINDS, ODD, Maker, config_of, write  # noqa: E402
+from published_headers import write as write_headers  # noqa: E402
 
 EXPECTED = {
     "official": ("official (FP8 + MXFP4)", {"mxfp4", "fp8", "bfloat16", "float32", "int64"}),
@@ -88,25 +88,7 @@ def test_experts_of_two_formats(tmp_path):
 @pytest.mark.parametrize("config, total", [(FLASH, 159.6e9), (PRO, 864.7e9)], ids=["flash", "pro"])
 def test_published_sizes_from_headers_alone(tmp_path, config, total):
     """A directory whose files end after their headers: planning a download needs no more."""
-    header, offset = {}, 0
-    for path, param in matching.declared(config).items():
-        form = {"linear": "fp8", "wo_a": "fp8", "experts": "mxfp4", "fp32": "float32"}.get(param.role, "bfloat16")
-        for expert in range(param.shape[0]) if param.role == "experts" else [None]:
-            shape = matching.source_shape(param, names.row_of(path).transform)
-            if param.role == "int32":
-                parts = {".weight": ("I64", shape, 8)}
-            elif form in ("fp8", "mxfp4"):
-                data, scale = (s for s, _ in layout.stored_parts(shape, form).values())
-                parts = {".weight": ("F8_E4M3" if form == "fp8" else "I8", data, 1), ".scale": ("F8_E8M0", scale, 1)}
-            else:
-                parts = {".weight": ("F32", shape, 4) if form == "float32" else ("BF16", shape, 2)}
-            for suffix, (dtype, shape_, size) in parts.items():
-                end = offset + int(np.prod(shape_)) * size
-                header[names.official_name(path, expert, suffix)] = {"dtype": dtype, "shape": list(shape_), "data_offsets": [offset, end]}
-                offset = end
-    text = json.dumps(header).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
+    write_headers(tmp_path, config, shards=1)
     found = inspect(tmp_path, {"tensor": 8})
     assert abs(found.nbytes - total) < 0.001 * total
     assert "hold their header only" in found.notices[0]

@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 import checkpoints
 import dsv4_jax as dsv4
 import ffi_kernels as ops
-from checkpoints import load, save, store
+from checkpoints import layout, load, matching, save, store
 from dsv4_jax import RECIPES, TINY, params
 from dsv4_jax.sharding import Context
 
@@ -27,7 +27,6 @@ SMALL = dataclasses.replace(
     q_lora_rank=64, index_n_heads=2, o_lora_rank=32,
 )  # fmt: skip
 TOKENIZER = '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}}'
-convert_one = jax.jit(params.convert, static_argnums=1)
 
 
 @functools.cache
@@ -46,7 +45,7 @@ def numbers() -> dict:
 @functools.cache
 def small_model(recipe: str) -> dsv4.Model:
     recipe = RECIPES[recipe]
-    weights = params.map_params(lambda _, p, leaf: convert_one(leaf, params.storage(p, recipe)), SMALL, numbers())
+    weights = params.map_params(lambda _, p, leaf: params.convert(leaf, params.storage(p, recipe)), SMALL, numbers())
     return dsv4.Model(weights, SMALL, recipe)
 
 
@@ -124,7 +123,7 @@ def test_every_recipe_loads_from_every_other(stored, source, target):
         model = dsv4.load(stored(source), target)
 
     def expect(_, param, leaf):
-        return convert_one(leaf, params.storage(param, RECIPES[target]))
+        return params.convert(leaf, params.storage(param, RECIPES[target]))
 
     assert_same_bits(model.weights, params.map_params(expect, SMALL, small_model(source).weights))
     if (source, target) == ("official", "nvfp4"):
@@ -139,7 +138,7 @@ def test_formats_may_differ_from_tensor_to_tensor(tmp_path):
     assert description["formats"]["experts"] == ["mxfp4", "nvfp4"]
     model = load(tmp_path / "mixed", "nvfp4")
     assert_same_bits(model.weights["layers"], mixed["layers"])
-    expected = convert_one(mixed["mtp"]["ffn"]["experts"]["w1"], "nvfp4")
+    expected = params.convert(mixed["mtp"]["ffn"]["experts"]["w1"], "nvfp4")
     assert_same_bits(model.weights["mtp"]["ffn"]["experts"]["w1"], expected)
 
 
@@ -275,7 +274,12 @@ def test_unknown_recipe(stored):
         ("format_version", 2, "has format_version 2, but this package reads 1 only"),
         ("format_version", None, "has format_version None"),
         ("recipe", {"name": "bf16"}, "lacks the recipe or the files of the checkpoint"),
+        ("recipe", [field.name for field in dataclasses.fields(RECIPES["bf16"])], "lacks the recipe or the files of the checkpoint"),
         ("files", [], "lacks the recipe or the files of the checkpoint"),
+        ("files", {"weights/x": 5}, "lacks the recipe or the files of the checkpoint"),
+        ("files", {"weights/x": [-1.5, None]}, "lacks the recipe or the files of the checkpoint"),
+        ("files", {"weights/../config.json": [5, None]}, "lacks the recipe or the files of the checkpoint"),
+        ("files", {"/etc/passwd": [5, None]}, "lacks the recipe or the files of the checkpoint"),
     ],
 )
 def test_wrong_description(copy, field, value, expected):
@@ -284,6 +288,15 @@ def test_wrong_description(copy, field, value, expected):
     with pytest.raises(ValueError, match=re.escape(expected)) as error:
         load(copy)
     sentence(error)
+
+
+def test_the_largest_model_in_the_finest_chunks_may_be_described():
+    """Every file of the arrays has an entry in dsv4.json, whose size is limited."""
+    declared = matching.declared(dsv4.PRO).items()
+    stored = {path: layout.arrays_of(path, p.shape, p.axes, params.storage(p, RECIPES["official"]), split=64) for path, p in declared}
+    files = sum(array.chunk_count for arrays in stored.values() for array in arrays.values())
+    longest = len('    "weights/layers.60.ffn.shared_experts.w1.global_scale/63.63.63": [67108864, null],') + 20
+    assert 500_000 < files < store.MOST_FILES and files * longest < store.LARGEST_DESCRIPTION
 
 
 def test_any_damaged_file_is_named(copy):

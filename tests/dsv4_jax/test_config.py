@@ -63,6 +63,18 @@ def test_transformers_spelling():
         ({"hidden_size": 0}, "hidden_size = 0 is not positive"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling type 'linear'"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_scaling lacks beta_fast"),
+        ({"hidden_size": 4096.0}, r"hidden_size = 4096.0, which is no int that this could be; take config.json"),
+        ({"hidden_size": True}, "hidden_size = True, which is no int"),
+        ({"hidden_size": 2**40}, "hidden_size = 1099511627776, which is no int that this could be"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps = '1e-6', which is no float"),
+        ({"rope_theta": float("nan")}, "rope_theta = nan, which is no float"),
+        ({"compress_ratios": [0, [4]] * 22}, r"holds \[\[4\]\]; DeepSeek-V4 defines only 0"),
+        ({"compress_ratios": 4}, "a field of the wrong type, or lacks a part of one .*; take the file from the published model"),
+        ({"n_shared_experts": True}, "n_shared_experts = True, but this implementation"),
+        ({"x\n" * 100: 1}, r"does not know: 'x.{1,130}\.\.\. They could change"),
+        ({f"x{i}": 1 for i in range(1000)}, r"does not know: (x\d+, ){9}x\d+ and 990 more\."),
+        ({"rope_scaling": {"type": "yarn", "factor": [2]} | dict.fromkeys(("original_max_position_embeddings", "beta_fast", "beta_slow"), 1)},
+         r"rope_scaling.factor = \[2\], which is no float"),
     ],
 )
 def test_refusals(change, sentence):
@@ -79,9 +91,10 @@ def test_refusals(change, sentence):
 def test_unreadable_files(tmp_path):
     with pytest.raises(ValueError, match="not a readable config.json"):
         dsv4.ModelConfig.from_hf(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not a readable config.json"):
-        dsv4.ModelConfig.from_hf(tmp_path)
+    for content in (b"{", b"[" * 10**5, b"\xff\xfe", b"[1]"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(ValueError, match="not a readable config.json"):
+            dsv4.ModelConfig.from_hf(tmp_path)
 
 
 def test_rope_frequencies_of_the_published_models():
