@@ -193,7 +193,8 @@ def test_the_destination_appears_meanwhile(source, tmp_path, monkeypatch):
 def test_signals_stop_it_and_the_same_command_resumes(number, source, tmp_path):
     expected = files_of(checkpoints.convert(source, tmp_path / "whole").destination)
     slow = (
-        "import sys, time; from checkpoints import transcode; from dsv4_jax.cli import main; run = transcode.run\n"
+        "import signal, sys, time; from checkpoints import transcode; from dsv4_jax.cli import main; run = transcode.run\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored\n"
         "def slower(*a, **k): time.sleep(0.05); return run(*a, **k)\n"
         "transcode.run = slower; sys.exit(main())"
     )
