@@ -136,9 +136,9 @@ def launch_figures(run, steps: int) -> dict:
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             run()
-        found = list(Path(directory).rglob("*.xplane.pb"))
-        profile = jax.profiler.ProfileData.from_file(str(found[0]))
-        calls = collections.Counter(event.name for plane in profile.planes for line in plane.lines for event in line.events if event.name.startswith("cu"))
+        profiles = [jax.profiler.ProfileData.from_file(str(path)) for path in Path(directory).rglob("*.xplane.pb")]
+        events = (event for profile in profiles for plane in profile.planes for line in plane.lines for event in line.events)
+        calls = collections.Counter(event.name for event in events if event.name.startswith("cu"))
     kinds = {"graph_launches": "cuGraphLaunch", "kernel_launches": "cuLaunchKernel"}
     counted = {f"{kind}_per_step": sum(n for call, n in calls.items() if call.startswith(name)) / steps for kind, name in kinds.items()}
     return counted if any(counted.values()) else {}

@@ -65,12 +65,16 @@ def _inputs(case: Case, copies: int) -> list[tuple]:
     return [jax.block_until_ready(make(jax.random.key(i))) for i in range(copies)]
 
 
+def _refusal(case: Case, backend: str) -> str | None:
+    with dispatch.backend(backend):
+        return case.refusal()
+
+
 def check(case: Case, backend: str) -> dict:
     """Run one case on `backend` and on `xla`; returns its verdict: 'ok', 'not here: ...', or what is wrong in a sentence."""
+    if (sentence := _refusal(case, backend)) is not None:
+        return {"verdict": f"{NOT_HERE}{sentence}"}
     try:
-        with dispatch.backend(backend):
-            if (sentence := case.refusal()) is not None:
-                return {"verdict": f"{NOT_HERE}{sentence}"}
         inputs = _inputs(case, 1)[0]
         with dispatch.backend(backend):
             got = jax.block_until_ready(jax.jit(lambda *x: case.same(case.run(*x)))(*inputs))
@@ -155,10 +159,10 @@ def time_cases(models: str, only: str | None, backend: str, peers: bool = True) 
     """One row per case; a case that fails has its sentence under 'error'."""
     for model, case in chosen(models, only, backend):
         row = {"model": model, "case": case.name, "rows": case.rows}
+        if (sentence := _refusal(case, backend)) is not None:
+            yield {**row, "error": f"{NOT_HERE}{sentence}"}
+            continue
         try:
-            with dispatch.backend(backend):
-                if (sentence := case.refusal()) is not None:
-                    raise NotImplementedError(sentence)
             yield {**row, **time_case(case, backend, peers)}
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
             yield {**row, "error": str(error).strip().splitlines()[0][:300]}

@@ -205,7 +205,7 @@ def test_selftest_and_benchmark_stand_them_beside_ours(monkeypatch, name):
     stand(1, "it is not installed.")
     assert bench.check(case, "sm_100a") == {"verdict": "not here: it is not installed."}
     row, = bench.time_cases("flash", f"wq_a/R=128/{name}$", "sm_100a")
-    assert row["error"] == "it is not installed."
+    assert row["error"] == "not here: it is not installed."
 
 
 # --- on a B200: every implementation against the dequantized product ------------------------------------------------

@@ -1,6 +1,6 @@
 // tcgen05: one tile per CTA or pair. The host lays the operands out; four warps copy them to shared memory, one thread
 // multiplies, four warps read tensor memory.
-#include <cstdint>
+#include "shared.h"
 
 struct Tile {
   const uint8_t* a; const uint8_t* b; const uint8_t* scales;  // per CTA: operands of all k steps, scale factor tiles of 512 bytes
@@ -9,11 +9,6 @@ struct Tile {
   uint32_t idesc;
   int defect;
 };
-__device__ uint32_t at(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-__device__ void init(uint64_t* bar, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at(bar)), "r"(count) : "memory"); }
-__device__ void wait(uint64_t* bar, int parity) {
-  asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra again; done: }" ::"r"(at(bar)), "r"(parity) : "memory");
-}
 __device__ uint64_t descriptor(uint32_t start, const Tile& p) {
   const uint64_t mode = p.swizzle == 128 ? 2 : p.swizzle == 64 ? 4 : p.swizzle == 32 ? 6 : 0;
   return uint64_t(start & 0x3FFFF) >> 4 | uint64_t(p.leading >> 4) << 16 | uint64_t(p.stride >> 4) << 32 | uint64_t(1) << 46 | mode << 61;

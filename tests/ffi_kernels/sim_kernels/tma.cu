@@ -1,13 +1,6 @@
 // Tensor copies in tile mode, of one to five dimensions: loads as they lie in shared memory, stores, reductions, multicast.
-#include <cstdint>
+#include "shared.h"
 
-struct alignas(64) Map { uint64_t opaque[16]; };
-__device__ uint32_t at(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-__device__ void init(uint64_t* bar, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at(bar)), "r"(count) : "memory"); }
-__device__ void wait(uint64_t* bar, int parity) {
-  asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra again; done: }" ::"r"(at(bar)), "r"(parity) : "memory");
-}
-__device__ void expect(uint64_t* bar, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at(bar)), "r"(bytes) : "memory"); }
 __device__ void cluster_sync() {
   __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
