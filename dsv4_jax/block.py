@@ -70,4 +70,4 @@ def _enter(ctx: Context, residual: Residual, hc: dict, norm_weight, quantize: st
 @functools.partial(jax.jit, static_argnums=(0, 6, 7))
 def _traced_once(ctx: Context, w, cache, residual, tokens, chunk, ratio, backend):
     with ops.backend(backend):
-        return _block(ctx, w, cache, residual, tokens, chunk, ratio)
+        return ops.chained(lambda *arrays: _block(ctx, *arrays, ratio))(w, cache, residual, tokens, chunk)

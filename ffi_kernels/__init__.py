@@ -5,6 +5,7 @@
 """
 
 from ffi_kernels.attention import attention, compress_pool
+from ffi_kernels.chain import chained
 from ffi_kernels.compressor import Compression, attention_inputs_and_compress, compress_append
 from ffi_kernels.decode_attention import decode_attention
 from ffi_kernels.dispatch import backend, backends, current
@@ -26,7 +27,7 @@ from ffi_kernels.tensor import QUANTIZED, FP8Activation, FP8KVCache, FP8Tensor, 
 
 __all__ = [
     "QUANTIZED", "Compression", "FP8Activation", "FP8KVCache", "FP8Tensor", "MXFP4Tensor", "NVFP4Tensor", "Unquantized", "attention", "attention_inputs", "attention_inputs_and_compress", "backend",
-    "backends", "commit_rows", "compress_append", "compress_pool", "current", "decode_attention", "dequantize", "encode_kv", "experts", "gathered_linear", "grouped_linear", "hadamard",
+    "backends", "chained", "commit_rows", "compress_append", "compress_pool", "current", "decode_attention", "dequantize", "encode_kv", "experts", "gathered_linear", "grouped_linear", "hadamard",
     "hc_head", "hc_head_norm", "hc_post", "hc_post_pre_norm", "hc_pre", "hc_pre_norm", "index_scores", "kv_values", "linear", "linears", "mxfp4_to_nvfp4", "nvfp4_matmul", "quantize_fp8",
     "quantize_fp8_weight", "quantize_mxfp4", "quantize_nvfp4_rows", "quantize_nvfp4_weight", "queries", "rms_norm", "rms_norm_quantize", "rope",
     "round_to", "route", "route_tokens", "router_scores", "swiglu", "swiglu_quantize", "top_entries",

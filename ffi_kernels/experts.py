@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ffi_kernels.dispatch import current, implementation
 from ffi_kernels.launch import MAX_ROWS, MAX_SHARED_BYTES, launch, native
-from ffi_kernels.tensor import MXFP4_BLOCK, NVFP4_BLOCK, NVFP4Tensor, Unquantized, require_layout
+from ffi_kernels.tensor import NVFP4Tensor, Unquantized, require_layout
 
 tile = importlib.import_module("ffi_kernels.linear")  # the package has a function of that name
 
@@ -53,7 +53,8 @@ def _check(x, routed, shared, ids, weights, dtype) -> None:
 
 
 SLOTS = 128  # picks of all tokens of a launch
-TYPICAL_GROUPS = 7  # matrices of one token's step, for which the work is split; the order of the sums must not depend on the routing
+# One token's step on one machine, for which the work is split: the order of the sums must depend on neither routing nor machine.
+TYPICAL_GROUPS, TYPICAL_CTAS = (6, 1), 132  # matrices of the routed experts and of the shared one
 GROUPS_BYTES = 3 * 4 * SLOTS + (SLOTS + MAX_ROWS) * (4 + 4 + tile.COLUMNS) + 8  # Groups of expert_groups.cuh
 
 
@@ -72,9 +73,8 @@ class _Kind:
         return [getattr(w, name, None) for w in self.weights]
 
     @property
-    def bytes_of_row(self) -> int:
-        scale = {tile.MXFP4_WEIGHT: self.k // MXFP4_BLOCK, tile.NVFP4_WEIGHT: self.k // NVFP4_BLOCK}.get(self.format, 0)
-        return tile.row_bytes(self.format, self.k) + scale
+    def tiles(self) -> int:
+        return -(-self.n // tile.TILE_ROWS)
 
 
 def _kind(x: jax.Array, weights: tuple) -> _Kind:
@@ -96,6 +96,17 @@ def _name(kinds: list[_Kind]) -> str:
 def _each(kinds: list[_Kind], value) -> list[int]:
     """value(kind) of the routed and the shared experts, zero for a shared expert that is not there."""
     return [value(kinds[0]), value(kinds[1]) if len(kinds) > 1 else 0]
+
+
+def _splits(kinds: list[_Kind], jobs) -> list[int]:
+    """log2 of the warps that share 16 rows of a matrix, of both kinds: so many that the busiest warp of a CTA has the fewest units
+    of K. jobs(kind, groups): tiles of a CTA."""
+
+    def split(kind: _Kind, groups: int) -> int:
+        units = -(-tile.row_bytes(kind.format, kind.k) // tile.UNIT_BYTES)
+        return min(range(5), key=lambda log2: -(-jobs(kind, groups) // (tile.WARPS >> log2)) * -(-units // (1 << log2)))
+
+    return [split(kind, groups) for kind, groups in zip(kinds, TYPICAL_GROUPS)] + [0] * (2 - len(kinds))
 
 
 def _arrays(kinds: list[_Kind], count: int) -> list:
@@ -139,9 +150,8 @@ def _up(x, kinds: list[_Kind], ids, weights, experts_: int, limit: float) -> lis
         scalars=[
             rows, ids.shape[1], experts_, hidden, columns,
             *_each(kinds, lambda k: k.format), *_each(kinds, lambda k: k.n),
-            *_each(kinds, lambda k: tile.split_of(k.format, k.n, k.k, TYPICAL_GROUPS).bit_length() - 1),
-            *_each(kinds, lambda k: -(-k.n // tile.TILE_ROWS)),
-            *_each(kinds, lambda k: max(2 * tile.TILE_ROWS * k.bytes_of_row // 1024, 1)),
+            *_splits(kinds, lambda k, groups: -(-k.tiles * groups // TYPICAL_CTAS)),
+            *_each(kinds, lambda k: k.tiles),
             float(limit),
         ],
     )  # fmt: skip
@@ -150,10 +160,8 @@ def _up(x, kinds: list[_Kind], ids, weights, experts_: int, limit: float) -> lis
 def _down(h: list, kinds: list[_Kind], ids, weights, experts_: int, dtype) -> jax.Array:
     rows, slots = ids.shape
     hidden = kinds[0].n
-    tiles = -(-hidden // tile.TILE_ROWS)
-    ctas = min(tile.CTAS[current()], tiles)
-    of_cta = -(-tiles // ctas)
-    split = tile.split_of(kinds[0].format, hidden, kinds[0].k, TYPICAL_GROUPS)
+    ctas = min(tile.CTAS[current()], kinds[0].tiles)
+    of_cta = -(-kinds[0].tiles // ctas)
     fixed = (GROUPS_BYTES + 15) // 16 * 16 + of_cta * rows * (slots + 1) * tile.TILE_ROWS * 4
     for largest in (8, 4, 2, 1):  # tokens of an expert at once: as many as leave room for some experts
         columns = min(rows, largest)
@@ -174,7 +182,7 @@ def _down(h: list, kinds: list[_Kind], ids, weights, experts_: int, dtype) -> ja
         scalars=[
             rows, slots, experts_, hidden, columns,
             *_each(kinds, lambda k: k.format), *_each(kinds, lambda k: k.k),
-            split.bit_length() - 1, batch, of_cta, space, int(dtype == jnp.bfloat16),
+            *_splits(kinds, lambda k, groups: -(-k.tiles // TYPICAL_CTAS) * groups), batch, of_cta, space, int(dtype == jnp.bfloat16),
         ],
     )[0]  # fmt: skip
 

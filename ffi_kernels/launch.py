@@ -133,6 +133,7 @@ def launch(
     )
     results = call(
         *arguments,
+        launches=np.int64(1),
         arch=backend,
         module=module,
         kernel=kernel,
@@ -142,6 +143,7 @@ def launch(
         shared_bytes=np.int64(shared_bytes),
         tensor_maps=np.asarray([n for m in tensor_maps for n in m.numbers(slots[m.buffer])], np.int64),
         slots=np.asarray(slots, np.int64),
+        inputs=np.int64(len(inputs)),
         scalars=np.frombuffer(packed, np.uint8),
     )
     return tuple(results[result_of[i]] if i in result_of else None for i in range(len(outputs)))

@@ -16,7 +16,9 @@ uint8_t* kernel_param(const Machine& m, uint64_t address, uint64_t bytes, Access
 }
 }  // namespace
 
-uint8_t* global_at(Machine& m, uint64_t address, uint64_t bytes, uint64_t align, Access access) {
+bool starts_early(const Ctx& c, int lane) { return c.machine->launch.follows && !(c.warp->waited >> lane & 1); }
+
+uint8_t* global_at(Machine& m, uint64_t address, uint64_t bytes, uint64_t align, Access access, bool early) {
   if (address & (align - 1)) {
     fail("%s %llu bytes of global memory at 0x%llx, which is not a multiple of %llu", doing(access), (unsigned long long)bytes,
          (unsigned long long)address, (unsigned long long)align);
@@ -28,6 +30,10 @@ uint8_t* global_at(Machine& m, uint64_t address, uint64_t bytes, uint64_t align,
     auto it = std::upper_bound(m.regions.begin(), m.regions.end(), address, [](uint64_t a, const Region& x) { return a < x.low; });
     if (it != m.regions.begin() && inside(*(it - 1))) r = &*(it - 1);
     if (r) m.last_region = static_cast<size_t>(r - m.regions.data());
+  }
+  if (r && early && !(access == Access::read && r->settled)) {
+    fail("%s %llu bytes at 0x%llx before griddepcontrol.wait: the launch before this one in its custom call may still run and %s them", doing(access),
+         (unsigned long long)bytes, (unsigned long long)address, r->settled ? "read" : "write");
   }
   if (r && (access == Access::read || r->writable)) return reinterpret_cast<uint8_t*>(address);
   if (r) fail("%s %llu bytes at 0x%llx of an input, which may only be read", doing(access), (unsigned long long)bytes, (unsigned long long)address);
@@ -101,12 +107,12 @@ uint8_t* resolve(Ctx& c, Space space, uint64_t address, uint64_t bytes, uint64_t
         case kSharedWindow: return shared_at(c, address & ~kWindowMask, bytes, align, access, Space::cluster);
         case kLocalWindow: return local_at(c, address & ~kWindowMask, bytes, align, lane);
         case kParamWindow: return kernel_param(*c.machine, address & ~kWindowMask, bytes, access);
-        default: return global_at(*c.machine, address, bytes, align, access);
+        default: return global_at(*c.machine, address, bytes, align, access, starts_early(c, lane));
       }
     case Space::global:
     case Space::constant:
       if ((address & kWindowMask) == kSharedWindow || (address & kWindowMask) == kLocalWindow) fail("a generic address of shared or local memory is used as a global address");
-      return global_at(*c.machine, address, bytes, align, access);
+      return global_at(*c.machine, address, bytes, align, access, starts_early(c, lane));
     case Space::shared:
     case Space::cluster: return shared_at(c, address, bytes, align, access, space);
     case Space::local: return local_at(c, address, bytes, align, lane);

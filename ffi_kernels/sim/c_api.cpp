@@ -35,7 +35,11 @@ extern "C" __attribute__((visibility("default"))) int dsv4_sim_run(const char* p
   launch.shared_bytes = shared_bytes;
   launch.params = params;
   launch.params_bytes = params_bytes;
-  for (size_t i = 0; i < count; ++i) launch.memory.push_back({reinterpret_cast<void*>(buffers[3 * i]), buffers[3 * i + 1], buffers[3 * i + 2] != 0});
+  for (size_t i = 0; i < count; ++i) {
+    const uint64_t use = buffers[3 * i + 2];  // 1: the kernel may write it; 2: so does a launch before this one, which need not have ended
+    launch.memory.push_back({reinterpret_cast<void*>(buffers[3 * i]), buffers[3 * i + 1], (use & 1) != 0, !(use & 2)});
+    launch.follows |= (use & 2) != 0;
+  }
   const std::string text = dsv4::sim_launch(launch);
   keep(text, error, error_bytes);
   return text.empty() ? 0 : 1;

@@ -35,6 +35,13 @@ Step ret(Ctx&, const Instr&) { return Step::ret; }
 Step exit_(Ctx&, const Instr&) { return Step::exit; }
 Step trap(Ctx&, const Instr&) { fail("the kernel executes 'trap': one of its own checks has failed"); }
 Step nothing(Ctx&, const Instr&) { return Step::next; }
+
+// Launches do not overlap here; what a lane may touch before it waits is checked where addresses are (address.cpp).
+Step wait_for_launch(Ctx& c, const Instr&) {
+  c.warp->waited |= c.mask;
+  c.machine->waited = true;
+  return Step::next;
+}
 Step sleep_(Ctx&, const Instr&) { return Step::yield; }
 
 void decode_call(Decode& d) {
@@ -96,7 +103,7 @@ void add_control(Decoders& t) {
   t["trap"] = [](Decode& d) { d.in.run = trap; };
   t["brkpt"] = [](Decode& d) { d.in.run = nothing; };
   t["nanosleep"] = [](Decode& d) { d.take("u32"); d.src(0, Type::b32); d.in.run = sleep_; };
-  t["griddepcontrol"] = [](Decode& d) { d.must({"launch_dependents", "wait"}); d.in.run = nothing; };  // launches do not overlap here
+  t["griddepcontrol"] = [](Decode& d) { d.in.run = d.must({"launch_dependents", "wait"}) == 1 ? wait_for_launch : nothing; };
   t["setmaxnreg"] = [](Decode& d) {
     d.must({"inc", "dec"});
     if (!d.take("sync")) d.wrong("needs .sync");

@@ -95,7 +95,7 @@ void Machine::prepare() {
     if (!b.bytes) continue;
     const uint64_t low = reinterpret_cast<uint64_t>(b.data);
     if (!low) fail("a buffer of %zu bytes has no address", b.bytes);
-    regions.push_back({low, low + b.bytes, b.writable});
+    regions.push_back({low, low + b.bytes, b.writable, b.settled});
   }
   std::sort(regions.begin(), regions.end(), [](const Region& a, const Region& b) { return a.low != b.low ? a.low < b.low : a.high < b.high; });
   std::vector<Region> merged;  // the same or overlapping buffers (aliases): writable where one of them is
@@ -103,6 +103,7 @@ void Machine::prepare() {
     if (!merged.empty() && r.low < merged.back().high) {
       merged.back().high = std::max(merged.back().high, r.high);
       merged.back().writable |= r.writable;
+      merged.back().settled &= r.settled;
     } else merged.push_back(r);
   }
   regions = merged;

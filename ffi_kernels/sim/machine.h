@@ -131,6 +131,7 @@ struct Warp {
   std::shared_ptr<JobState> last_product;
   std::vector<Flight> flights;
   uint64_t product_count = 0;
+  uint32_t waited = 0;                // lanes that executed griddepcontrol.wait
   int demoted = -1;
   bool done() const { return fragments.empty(); }
 };
@@ -164,6 +165,7 @@ struct Cluster {
 struct Region {
   uint64_t low, high;
   bool writable;
+  bool settled;  // no earlier launch of the custom call writes it
 };
 
 struct Options {
@@ -194,6 +196,7 @@ struct Machine {
   std::vector<uint32_t> queue;  // of one step: those that may move, a heap
   void rank();                // schedule.cpp: makes `turns` anew
   uint64_t next_cluster = 0, total_clusters = 0;
+  bool waited = false;        // griddepcontrol.wait, any thread
 
   Machine(const Launch& l, const Module& m, const Function& k, const Options& o) : launch(l), module(m), kernel(k), options(o) {}
   uint64_t random_state = 0;
@@ -216,7 +219,9 @@ void check_tensor_freed(Cta& cta);  // tcgen05.cpp: at the end of the CTA
 
 // address.cpp. Each returns host memory, or throws a sentence. `bytes` must be naturally aligned.
 enum class Access : uint8_t { read, write, both };
-uint8_t* global_at(Machine& m, uint64_t address, uint64_t bytes, uint64_t align, Access access);
+// `early`: the launch before may still run, so that only what it does not write can be read, see starts_early.
+uint8_t* global_at(Machine& m, uint64_t address, uint64_t bytes, uint64_t align, Access access, bool early);
+bool starts_early(const Ctx& c, int lane);  // the lane has not waited for the launch before this one
 uint8_t* shared_at(Ctx& c, uint64_t address, uint64_t bytes, uint64_t align, Access access, Space space);
 uint8_t* local_at(Ctx& c, uint64_t address, uint64_t bytes, uint64_t align, int lane);
 uint8_t* resolve(Ctx& c, Space space, uint64_t address, uint64_t bytes, uint64_t align, Access access, int lane);

@@ -158,7 +158,10 @@ void Machine::run() {
   uint64_t expired_events = 0, expiries = 0, stall_mark = 0;
   while (true) {
     if (resident.empty()) {
-      if (next_cluster == total_clusters) return;
+      if (next_cluster == total_clusters) {
+        if (!launch.follows || waited) return;
+        fail("Kernel %s never executes griddepcontrol.wait: the launch after it could start before the one that came before it has ended.", kernel.name.c_str());
+      }
       resident.push_back(make_cluster(*this, next_cluster++));
       const uint64_t more = options.schedule == Options::random ? random() % 3 : 0;  // a few clusters side by side
       for (uint64_t i = 0; i < more && next_cluster < total_clusters && resident.size() < most; ++i) resident.push_back(make_cluster(*this, next_cluster++));

@@ -119,7 +119,7 @@ Step copy(Ctx& c, const Instr& in) {
     if (k.store) {
       uint8_t* s = base(shared, Access::read);
       if (watch) watch->job_touch(c, job->entity, *c.cta, (shared & 0xFFFFFF) - kSharedBase, bytes, false, true, 1u << l);
-      each([&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element & -m.element, k.reduce ? Access::both : Access::write); });
+      each([&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element & -m.element, k.reduce ? Access::both : Access::write, starts_early(c, l)); });
       const Type type = k.reduce ? reduced_type(m, k.op) : Type::none;
       if (k.reduce && type == Type::none) fail("a device has no such reduction of elements of this tensor's type (number %d of cuTensorMapEncodeTiled)", m.type);
       c.warp->bulk.open.push_back({job, job->entity, 1u << l});
@@ -162,7 +162,7 @@ Step copy(Ctx& c, const Instr& in) {
       const auto signaled = [&](uint32_t r) { return k.pairs ? (r & ~1u) | (signal >> 24 & 1) : r; };
       for (uint32_t r = 0; r < ctas; ++r) if (mask >> r & 1) one((shared & 0xFFFFFF) | r << 24, (signal & 0xFFFFFF) | signaled(r) << 24);
     } else one(shared, signal);
-    each([&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element & -m.element, Access::read); });
+    each([&](uint64_t g, uint32_t) { if (g) global_at(*c.machine, g, m.element, m.element & -m.element, Access::read, starts_early(c, l)); });
     submit(c, job, [=, entity = job->entity, watched = watch != nullptr](Ctx& later) {
       static const uint16_t nan16 = 0x7FFF;
       for (const Target& t : targets) {

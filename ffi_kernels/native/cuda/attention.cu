@@ -11,6 +11,7 @@
 // A CTA may serve several groups of heads in turn; entries that fit in one tile are then decoded once.
 // Each token and head goes through the same sums in the same order whatever else is in the launch, in every variant.
 #include "attention_merge.cuh"
+#include "dependent.cuh"
 
 namespace dsv4 {
 namespace {
@@ -18,7 +19,7 @@ namespace {
 // A load that the compiler does not move behind a branch.
 DSV4_D int load_now(const int32_t* from) {
   int value;
-  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(value) : "l"(from));
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(from));
   return value;
 }
 
@@ -345,15 +346,19 @@ DSV4_D void attend(const AttentionParams& p) {
 
 // decode_attention_<format>_<heads of a CTA>
 extern "C" __global__ void __launch_bounds__(512, 1) decode_attention_fp8_16(const __grid_constant__ AttentionParams p) {
+  start_after_previous();
   attend<true, 1>(p);
 }
 extern "C" __global__ void __launch_bounds__(512, 1) decode_attention_fp8_32(const __grid_constant__ AttentionParams p) {
+  start_after_previous();
   attend<true, 2>(p);
 }
 extern "C" __global__ void __launch_bounds__(512, 1) decode_attention_bf16_16(const __grid_constant__ AttentionParams p) {
+  start_after_previous();
   attend<false, 1>(p);
 }
 extern "C" __global__ void __launch_bounds__(512, 1) decode_attention_bf16_32(const __grid_constant__ AttentionParams p) {
+  start_after_previous();
   attend<false, 2>(p);
 }
 

@@ -5,6 +5,7 @@
 //
 // The weights of the pooling are __expf of scores x below their maximum, wrong by about |x| 2**-23 of themselves, and their
 // quotient is __fdividef: both are far below the rounding to bf16 that follows.
+#include "dependent.cuh"
 #include "latent_rows.cuh"
 
 using namespace dsv4;
@@ -84,7 +85,7 @@ DSV4_D void pending_scores(const JobInputs& in, const JobOutputs& out, const Blo
   for (int i = 0; i < most; ++i)
     if (i < count) {
       const uint32_t position = block.start + uint32_t(first + i);
-      score[i] = __ldg(reinterpret_cast<const float4*>(in.score + (row + i) * channels + at));
+      score[i] = *reinterpret_cast<const float4*>(in.score + (row + i) * channels + at);
       ape[i] = __ldg(reinterpret_cast<const float4*>(in.ape + (position % ratio) * channels + at));
     }
 #pragma unroll
@@ -131,6 +132,7 @@ struct Finish {
 // second half. The rows of the block before always lie in the ring, this block's in the ring or among the new tokens.
 extern "C" __global__ void __launch_bounds__(kThreads, 1) compress_append_4(const __grid_constant__ CompressParams p) {
   __shared__ __align__(16) float pooled[kRowChannels];
+  start_after_previous();
   const int work = p.sequences * p.jobs - int(blockIdx.x) - 1;
   if (work < 0) return latent_row(p.latent_in, p.latent_out, p.latent, -1 - work);
   const int job = work >= p.sequences, sequence = work - job * p.sequences, tokens = p.tokens;
@@ -157,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) compress_append_4(cons
     for (int i = 0; i < 4; ++i) {
       const int step = i * channels;
       const bool old = i < block.phase;
-      const auto pair = [step](const float* from, int64_t offset) { return __ldg(reinterpret_cast<const float2*>(from + offset + step)); };
+      const auto pair = [step](const float* from, int64_t offset) { return *reinterpret_cast<const float2*>(from + offset + step); };
       kv[i] = pair(in.state_kv, before);
       score[i] = pair(in.state_score, before);
       kv[4 + i] = pair(old ? in.state_kv : in.kv, old ? ring : fresh);
@@ -201,6 +203,7 @@ struct Pool {
 extern "C" __global__ void __launch_bounds__(kThreads, 1) compress_append_128(const __grid_constant__ CompressParams p) {
   __shared__ __align__(16) float pooled[kRowChannels];  // of the first CTA, written by all
   __shared__ Pool parts[kGroups][4 * kLanes + 1];
+  start_after_previous();
   const int work = p.sequences * p.jobs - int(blockIdx.x) / kCluster - 1;
   if (work < 0) return latent_row(p.latent_in, p.latent_out, p.latent, int(blockIdx.x) - kCluster * p.sequences * p.jobs);
   const int job = work >= p.sequences, sequence = work - job * p.sequences, tokens = p.tokens, rank = int(cluster_rank());
@@ -227,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) compress_append_128(co
     for (int i = 0; i < kRowsEach; ++i) {
       const int step = i * kGroups * width;
       const bool old = i * kGroups + group < block.phase;
-      const auto four = [step](const float* from, int64_t offset) { return __ldg(reinterpret_cast<const float4*>(from + offset + step)); };
+      const auto four = [step](const float* from, int64_t offset) { return *reinterpret_cast<const float4*>(from + offset + step); };
       kv[i] = four(old ? in.state_kv : in.kv, old ? ring : fresh);
       score[i] = four(old ? in.state_score : in.score, old ? ring : fresh);
       ape[i] = {0.0f, 0.0f, 0.0f, 0.0f};

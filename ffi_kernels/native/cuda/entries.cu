@@ -2,6 +2,7 @@
 // projections in the format that they take, window entries in the format of the cache, query heads, and the copy of
 // accepted rows into the rings. Also the FP8 cache format by itself. Everything here is bound by latency: one warp per
 // row or head, and all loads of a thread before its first use. Not here: compressed entries (compressor.cu).
+#include "dependent.cuh"
 #include "latent_rows.cuh"
 
 using namespace dsv4;
@@ -15,6 +16,7 @@ struct AttentionInputsParams {
 };
 
 extern "C" __global__ void __launch_bounds__(1024) attention_inputs(const __grid_constant__ AttentionInputsParams p) {
+  start_after_previous();
   latent_row(p.in, p.out, p.shape, int(blockIdx.x));
 }
 
@@ -32,6 +34,7 @@ struct QueriesParams {
 };
 
 extern "C" __global__ void __launch_bounds__(128) queries(const __grid_constant__ QueriesParams p) {
+  start_after_previous();
   const int warp = int(blockIdx.x * (blockDim.x / 32) + warp_id());
   const int index = warp - p.rows * p.heads;  // of the index head, which come after the main ones
   if (index >= p.rows * p.index_heads) return;
@@ -66,6 +69,7 @@ struct EncodeKvParams {
 
 template <typename Value>
 DSV4_D void encode_rows(const EncodeKvParams& p) {
+  start_after_previous();
   const size_t row = size_t(blockIdx.x) * (blockDim.x / 32) + warp_id();
   if (row >= size_t(p.rows)) return;
   WarpRow x;
@@ -85,6 +89,7 @@ struct KvValuesParams {
 };
 
 extern "C" __global__ void __launch_bounds__(128) kv_values(const __grid_constant__ KvValuesParams p) {
+  start_after_previous();
   const size_t row = size_t(blockIdx.x) * (blockDim.x / 32) + warp_id();
   if (row >= size_t(p.rows)) return;
   const int width = p.nope + p.rope;
@@ -145,6 +150,7 @@ DSV4_D void commit_sequence(const Unit* rows, Unit* ring, int units, int tokens,
 
 template <int capacity>
 DSV4_D void commit(const CommitParams<capacity>& p) {
+  start_after_previous();
   const int i = int(blockIdx.x), bytes = p.bytes[i], size = p.size[i];
   const char* rows = static_cast<const char*>(p.rows[i]) + size_t(blockIdx.y) * p.tokens * bytes;
   char* ring = static_cast<char*>(p.ring[i]) + size_t(blockIdx.y) * size * bytes;

@@ -3,6 +3,7 @@
 //
 // Both read every matrix once for as many tokens as a group holds, 16 rows at a time by teams of warps, through the rings of tile.cuh. Kind 0
 // is the routed experts, kind 1 the shared one, which may have another format and width.
+#include "dependent.cuh"
 #include "expert_groups.cuh"
 #include "stage.cuh"
 
@@ -20,64 +21,64 @@ struct ExpertsUpParams {
   int columns;                 // tokens of a group, at most 8
   int kind[2], width[2];       // of the weights (Kind of tile.cuh); F
   int split_log2[2];           // of the warps of a team
-  int tiles[2], cost[2];       // of a matrix; KiB of a tile of gate and up together
+  int tiles[2];                // of a matrix
   float limit;
 };
 
-// Tiles of 16 rows of gate and of up, group after group; a CTA has a run of them. Within a group, its teams take turns.
+// Tiles of 16 rows of gate and of up, group after group: a CTA has a run of those of the shared expert, which it may copy before the
+// groups are known, and then a run of the others. Within a group, its teams take turns.
 template <uint32_t kinds>
 struct UpWalk {
   const ExpertsUpParams& p;
   const Groups& groups;
-  int begin, end, group, last;        // of this CTA: tiles, the present group and the last one
+  const int shared;                   // groups of the shared expert
+  bool known = false;                 // the other groups
+  int kind = 1, group, last, end;     // of the present run: the kind of its groups, the present one, the last one, where its tiles end
+  int begin;
   int tile = 0, limit = 0, teams = 0;
-  int kind = 0, row = 0;              // of the present tile
+  int row = 0;                        // of the present tile
   int half = 1;                       // 0: gate, 1: up
 
-  DSV4_D int first_of(int group) const {
-    const int routed = min(group, groups.routed);
-    return routed * p.tiles[0] + (group - routed) * p.tiles[1];
+  DSV4_D UpWalk(const ExpertsUpParams& params, const Groups& found)
+      : p(params), groups(found), shared(shared_groups(p.w[1][0] != nullptr, p.rows, p.columns)) {
+    start_run(0, shared);
   }
 
-  DSV4_D int tile_at(uint32_t cost) const {  // the first tile that starts at or behind it
-    const uint32_t of_routed = uint32_t(groups.routed) * p.tiles[0] * p.cost[0];
-    if (cost <= of_routed) return int((cost + p.cost[0] - 1) / p.cost[0]);
-    return groups.routed * p.tiles[0] + int((cost - of_routed + p.cost[1] - 1) / p.cost[1]);
+  DSV4_D void start_run(int first, int count) {
+    const uint32_t all = count * p.tiles[kind];
+    begin = int(all * blockIdx.x / gridDim.x);
+    end = int(all * (blockIdx.x + 1) / gridDim.x);
+    group = first + (begin < end ? begin / p.tiles[kind] : 0) - 1;
+    last = begin < end ? first + (end - 1) / p.tiles[kind] : group;
   }
 
-  DSV4_D UpWalk(const ExpertsUpParams& params, const Groups& found) : p(params), groups(found) {
-    const uint32_t total = uint32_t(groups.routed) * p.tiles[0] * p.cost[0] + uint32_t(groups.all - groups.routed) * p.tiles[1] * p.cost[1];
-    begin = tile_at(total / gridDim.x * blockIdx.x + total % gridDim.x * blockIdx.x / gridDim.x);
-    end = tile_at(total / gridDim.x * (blockIdx.x + 1) + total % gridDim.x * (blockIdx.x + 1) / gridDim.x);
-    group = group_at(begin) - 1;
-    last = begin < end ? group_at(end - 1) : group;
-  }
-
-  DSV4_D int group_at(int tile) const {
-    const int routed = groups.routed * p.tiles[0];
-    return tile < routed ? tile / p.tiles[0] : groups.routed + (groups.all > groups.routed ? (tile - routed) / p.tiles[1] : 0);
-  }
+  // The first tile of the present group, counted as those of its run are.
+  DSV4_D int first_tile() const { return (kind ? group : group - shared) * p.tiles[kind]; }
 
   DSV4_D Team team() const { return {p.split_log2[kind]}; }
 
-  // Whether this group, the next one, has tiles for this CTA; its first tile comes with the next call of tile_of_group.
+  // Whether there is another group with tiles for this CTA; its first tile comes with the next call of next_of_group.
   DSV4_D bool next_group() {
-    if (++group > last) return false;
-    kind = group >= groups.routed;
-    limit = min(end, first_of(group + 1));
+    if (group >= last && kind == 1 && known) {
+      kind = 0;
+      start_run(shared, groups.all - shared);
+    }
+    if (group >= last) return false;
+    ++group;
+    limit = min(end, first_tile() + p.tiles[kind]);
     teams = team().count();
-    tile = max(begin, first_of(group)) + team().index() - teams;
+    tile = max(begin, first_tile()) + team().index() - teams;
     return true;
   }
 
   DSV4_D bool next_of_group() {
     tile += teams;
-    row = (tile - first_of(group)) * kTileRows;
+    row = (tile - first_tile()) * kTileRows;
     return tile < limit;
   }
 
   DSV4_D Segment segment(int of_up) const {
-    return {weight_rows<kinds>(format_of(p.kind[kind]), p.w[kind][of_up], p.scale[kind][of_up], groups.matrix[group], p.width[kind], p.hidden, row), team().rank(), 1 << p.split_log2[kind]};
+    return {weight_rows<kinds>(format_of(p.kind[kind]), p.w[kind][of_up], p.scale[kind][of_up], kind ? 0 : groups.matrix[group], p.width[kind], p.hidden, row), team().rank(), 1 << p.split_log2[kind]};
   }
 
   DSV4_D bool next(Segment& s) {
@@ -85,7 +86,7 @@ struct UpWalk {
     if (half == 0) {
       while (teams == 0 || !next_of_group()) {
         if (!next_group()) {
-          half = 1;
+          half = 1, teams = 0;
           return false;
         }
       }
@@ -112,19 +113,22 @@ DSV4_D void experts_up(const ExpertsUpParams& p) {
   uint8_t* inputs = reinterpret_cast<uint8_t*>(&groups) + (sizeof(Groups) + kColumns * 4 + 15) / 16 * 16;
   const ColumnSpace space = column_space(inputs, p.hidden, p.columns);
 
+  let_next_start();
+  UpWalk<kinds> walk(p, groups);
+  Ring<kinds, whole, UpWalk<kinds>> ring(walk, shared + warp_id() * kRing * kSlot);
+  ring.start_known();
+  wait_for_previous();
   const uint32_t touched = touch(p.x, int64_t(p.rows) * p.hidden * 2);
   find_groups(groups, p.ids, p.weights, p.rows, p.slots, p.experts, p.w[1][0] != nullptr, p.columns);
   keep(touched);
-  UpWalk<kinds> walk(p, groups);
-  if (walk.begin >= walk.end) return;
-  Ring<kinds, whole, UpWalk<kinds>> ring(walk, shared + warp_id() * kRing * kSlot);
+  walk.known = ring.walk.known = true;
   bool started = false;
-  const auto token_of = [&](int group, int column) { return group < groups.routed ? groups.member[group][column] / p.slots : groups.member[group][column]; };
+  const auto token_of = [&](int group, int column) { return groups.member[group][column] / (group < groups.shared ? 1 : p.slots); };
   Team before{0};
   int staged = -1, parity = 0;
   while (walk.next_group()) {
     const int kind = walk.kind, group = walk.group, count = groups.count[group], split = p.split_log2[kind], form = form_of<kinds>(p.kind[kind]);
-    bool same = staged >= 0 && groups.count[staged] == count && form_of<kinds>(p.kind[staged >= groups.routed]) == form;
+    bool same = staged >= 0 && groups.count[staged] == count && form_of<kinds>(p.kind[staged < groups.shared]) == form;
     for (int i = 0; same && i < count; ++i) same = token_of(staged, i) == token_of(group, i);
     if (!same) {
       __syncthreads();  // the columns before were read
@@ -193,56 +197,70 @@ struct ExpertsDownParams {
   int rows, slots, experts, hidden;  // R, X, E, D
   int columns;                 // tokens of a group, at most 8
   int kind[2], width[2];
-  int split_log2;              // of the warps of a team
+  int split_log2[2];           // of the warps of a team
   int batch;                   // groups whose inputs are in shared memory at once
   int tiles;                   // of 16 rows of D, of a CTA, at most
   int space;                   // bytes of one group's columns
   int out_bf16;
 };
 
-// 16 rows of D of one group's matrix after the other: batch of groups by batch, in a batch tile by tile. Teams take turns.
+// 16 rows of D of one group's matrix after the other: batch of groups by batch, in a batch first the groups of the shared expert, which
+// may be copied before the others are known, then those; in each part tile by tile. Teams take turns.
 template <uint32_t kinds>
 struct DownWalk {
   const ExpertsDownParams& p;
   const Groups& groups;
-  Team team;
+  const int shared;             // groups of the shared expert
+  bool known = false;           // the other groups
   int begin, tiles;             // tiles of this CTA
-  int batch = -1, job = 0, jobs = 0;
+  int batch = 0, kind = 2;      // of the present part, two of a batch: the kind of its groups
+  int first = 0, count = 0, job = 0, jobs = 0, teams = 0;
   int group = 0, tile = 0;      // of the present job
 
-  DSV4_D DownWalk(const ExpertsDownParams& params, const Groups& found) : p(params), groups(found), team{params.split_log2} {
+  DSV4_D DownWalk(const ExpertsDownParams& params, const Groups& found)
+      : p(params), groups(found), shared(shared_groups(p.w[1] != nullptr, p.rows, p.columns)) {
     const int all = (p.hidden + kTileRows - 1) / kTileRows;
     begin = int(uint32_t(all) * blockIdx.x / gridDim.x);
     tiles = int(uint32_t(all) * (blockIdx.x + 1) / gridDim.x) - begin;
   }
 
+  DSV4_D Team team() const { return {p.split_log2[kind]}; }
   DSV4_D int groups_of_batch() const { return min(p.batch, groups.all - batch * p.batch); }
 
-  DSV4_D bool next_batch() {
-    ++batch;
-    if (batch * p.batch >= groups.all) return false;
-    jobs = tiles * groups_of_batch();
-    job = team.index() - team.count();
+  DSV4_D bool next_part() {
+    if (kind == 0 || (kind == 1 && !known)) return false;
+    --kind;
+    const int low = batch * p.batch, high = low + p.batch;
+    first = kind ? low : max(low, shared);
+    count = max(min(high, kind ? shared : groups.all) - first, 0);
+    teams = team().count();
+    jobs = tiles * count;
+    job = team().index() - teams;
     return true;
   }
 
-  DSV4_D bool next_of_batch() {
-    job += team.count();
+  DSV4_D bool next_batch() {
+    ++batch;
+    kind = 2;
+    return batch * p.batch < groups.all;
+  }
+
+  DSV4_D bool next_of_part() {
+    job += teams;
     if (job >= jobs) return false;
-    const int count = groups_of_batch();
     tile = job / count;
-    group = batch * p.batch + job - tile * count;
+    group = first + job - tile * count;
     return true;
   }
 
   DSV4_D Segment segment() const {
-    const int kind = group >= groups.routed;
-    return {weight_rows<kinds>(format_of(p.kind[kind]), p.w[kind], p.scale[kind], groups.matrix[group], p.hidden, p.width[kind], (begin + tile) * kTileRows), team.rank(), 1 << p.split_log2};
+    return {weight_rows<kinds>(format_of(p.kind[kind]), p.w[kind], p.scale[kind], kind ? 0 : groups.matrix[group], p.hidden, p.width[kind], (begin + tile) * kTileRows), team().rank(), 1 << p.split_log2[kind]};
   }
 
   DSV4_D bool next(Segment& s) {
-    while (batch < 0 || !next_of_batch()) {
-      if (!next_batch()) return false;
+    while (kind == 2 || !next_of_part()) {
+      if (next_part()) continue;
+      if (!known || !next_batch()) return false;
     }
     s = segment();
     return true;
@@ -255,7 +273,7 @@ DSV4_D int columns_log2(int columns) { return columns > 4 ? 3 : columns > 2 ? 2 
 // Where the product of a member of a group waits for the sum: slot x of token r, or the shared expert as slot X.
 DSV4_D int place_of(const ExpertsDownParams& p, const Groups& groups, int group, int column) {
   const int member = groups.member[group][column];
-  return group < groups.routed ? member / p.slots * (p.slots + 1) + member % p.slots : member * (p.slots + 1) + p.slots;
+  return group < groups.shared ? member * (p.slots + 1) + p.slots : member / p.slots * (p.slots + 1) + member % p.slots;
 }
 
 template <uint32_t kinds, bool whole>
@@ -268,22 +286,26 @@ DSV4_D void experts_down(const ExpertsDownParams& p) {
   const int per_tile = p.rows * (p.slots + 1) * kTileRows;
   uint32_t* amax = reinterpret_cast<uint32_t*>(products + p.tiles * per_tile);
   uint8_t* inputs = reinterpret_cast<uint8_t*>(amax + p.batch * kColumns);
-  const auto space_of = [&](int group) { return column_space(inputs + group % p.batch * p.space, p.width[group >= groups.routed], p.columns); };
+  const auto space_of = [&](int group) { return column_space(inputs + group % p.batch * p.space, p.width[group < groups.shared], p.columns); };
 
+  let_next_start();
+  DownWalk<kinds> walk(p, groups);
+  Ring<kinds, whole, DownWalk<kinds>> ring(walk, shared + warp_id() * kRing * kSlot);
+  ring.start_known();
+  wait_for_previous();
   const uint32_t touched = touch(p.h[0], int64_t(p.rows) * p.slots * p.width[0] * 2), touched_shared = touch(p.h[1], int64_t(p.rows) * p.width[1] * 2);
   find_groups(groups, p.ids, p.weights, p.rows, p.slots, p.experts, p.w[1] != nullptr, p.columns);
   keep(touched);
   keep(touched_shared);
-  DownWalk<kinds> walk(p, groups);
-  Ring<kinds, whole, DownWalk<kinds>> ring(walk, shared + warp_id() * kRing * kSlot);
-  const Team team = walk.team;
+  walk.known = ring.walk.known = true;
 
   bool started = false;
+  Team before{-1};
   int parity = 0;
-  while (walk.next_batch()) {
+  for (bool more = groups.all > 0; more; more = walk.next_batch()) {
     const int first = walk.batch * p.batch;
     const auto row_at = [&](int i) {
-      const int of = columns_log2(p.columns), group = first + (i >> of), kind = group >= groups.routed, column = i & ((1 << of) - 1);
+      const int of = columns_log2(p.columns), group = first + (i >> of), kind = group < groups.shared, column = i & ((1 << of) - 1);
       const InputRows in{reinterpret_cast<const void*>(p.h[kind]), nullptr, nullptr, p.width[kind], form_of<kinds>(p.kind[kind])};
       return StagedRow{in, groups.member[group][column], space_of(group), column < groups.count[group] ? column : -1};
     };
@@ -302,26 +324,35 @@ DSV4_D void experts_down(const ExpertsDownParams& p) {
       started = true;
     }
     __syncthreads();
-    while (walk.next_of_batch()) {
-      const int group = walk.group, kind = group >= groups.routed, count = groups.count[group];
-      const ColumnSpace space = space_of(group);
-      const Columns columns = columns_of(space, p.width[kind], count);
-      const Segment s = walk.segment();
-      const int units = units_of(s.rows), format = format_of(p.kind[kind]);
-      const float global = load_global(p.global[kind], format, groups.matrix[group]);
-      float sum[4] = {};
-      for (int unit = s.first; unit < units; unit += s.step) {
-        multiply_unit<kinds>(sum, ring.wait(), ring.lane, p.kind[kind], s.rows, columns, unit);
-        ring.release();
+    while (walk.next_part()) {
+      const Team team = walk.team();
+      if (before.split_log2 != team.split_log2) {  // other teams from here on: those before must have read their sums
+        if (before.split_log2 >= 0) before.sync();
+        parity = 0;
       }
-      float* of_team = partials + (parity * kTileWarps + warp_id() - team.rank()) * kPartial;
-      parity ^= 1;
-      store_partial(of_team + team.rank() * kPartial, sum);
-      team.sync();  // the next job takes the other partials
-      for (int i = team.rank() * 32 + lane_id(); i < kTileRows * count; i += 32 << p.split_log2) {
-        const int row = i % kTileRows, column = i / kTileRows;
-        products[walk.tile * per_tile + place_of(p, groups, group, column) * kTileRows + row] =
-            finished(sum_partials(of_team, row, column, p.split_log2), format, space.factor[column], global);
+      before = team;
+      const int kind = walk.kind, format = format_of(p.kind[kind]);
+      while (walk.next_of_part()) {
+        const int group = walk.group, count = groups.count[group];
+        const ColumnSpace space = space_of(group);
+        const Columns columns = columns_of(space, p.width[kind], count);
+        const Segment s = walk.segment();
+        const int units = units_of(s.rows);
+        const float global = load_global(p.global[kind], format, groups.matrix[group]);
+        float sum[4] = {};
+        for (int unit = s.first; unit < units; unit += s.step) {
+          multiply_unit<kinds>(sum, ring.wait(), ring.lane, p.kind[kind], s.rows, columns, unit);
+          ring.release();
+        }
+        float* of_team = partials + (parity * kTileWarps + warp_id() - team.rank()) * kPartial;
+        parity ^= 1;
+        store_partial(of_team + team.rank() * kPartial, sum);
+        team.sync();  // the next job takes the other partials
+        for (int i = team.rank() * 32 + lane_id(); i < kTileRows * count; i += 32 << team.split_log2) {
+          const int row = i % kTileRows, column = i / kTileRows;
+          products[walk.tile * per_tile + place_of(p, groups, group, column) * kTileRows + row] =
+              finished(sum_partials(of_team, row, column, team.split_log2), format, space.factor[column], global);
+        }
       }
     }
   }

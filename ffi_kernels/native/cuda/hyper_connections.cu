@@ -8,6 +8,7 @@
 // it on the receiver's mbarrier, and all add what they received in the order of ranks. Sinkhorn runs in one lane of one
 // CTA per row while the others go on with the norm. No sum depends on the number of rows, nor on which row of the cluster
 // it belongs to: one row per cluster (up to four rows in all) has kernels of its own, which give the same bits.
+#include "dependent.cuh"
 #include "exchange.cuh"
 #include "sinkhorn.cuh"
 
@@ -59,9 +60,9 @@ DSV4_D float add_products(float sum, float4 a, float4 b) {
 struct Mixing {
   float4 post, comb[kStreams];
   DSV4_D void load(const float* all_post, const float* all_comb, int64_t row) {
-    post = __ldg(reinterpret_cast<const float4*>(all_post) + row);
+    post = reinterpret_cast<const float4*>(all_post)[row];
 #pragma unroll
-    for (int j = 0; j < kStreams; ++j) comb[j] = __ldg(reinterpret_cast<const float4*>(all_comb) + row * kStreams + j);
+    for (int j = 0; j < kStreams; ++j) comb[j] = reinterpret_cast<const float4*>(all_comb)[row * kStreams + j];
   }
 };
 
@@ -329,7 +330,7 @@ __device__ void hyper(const HyperParams& p) {
 
 // Named for the blocks of a CTA and the most rows of a cluster.
 #define DSV4_HYPER(name, groups, blocks, rows) \
-  extern "C" __global__ void __launch_bounds__(kThreads, 1) name(const __grid_constant__ HyperParams p) { hyper<groups, blocks, rows>(p); }
+  extern "C" __global__ void __launch_bounds__(kThreads, 1) name(const __grid_constant__ HyperParams p) { start_after_previous(); hyper<groups, blocks, rows>(p); }
 DSV4_HYPER(hc_pre_norm_1_1, 6, 1, 1)
 DSV4_HYPER(hc_pre_norm_2_1, 6, 2, 1)
 DSV4_HYPER(hc_pre_norm_4_1, 6, 4, 1)
@@ -349,8 +350,8 @@ struct HyperPostParams {
   int32_t rows, channels;
 };
 
-DSV4_D float4 load4(const uint2* from) { return unpack4(__ldg(from)); }
-DSV4_D float4 load4(const float4* from) { return __ldg(from); }
+DSV4_D float4 load4(const uint2* from) { return unpack4(*from); }
+DSV4_D float4 load4(const float4* from) { return *from; }
 DSV4_D void store4(uint2* to, float4 x) { *to = pack4(x); }
 DSV4_D void store4(float4* to, float4 x) { *to = x; }
 
@@ -372,5 +373,5 @@ DSV4_D void hyper_post(const HyperPostParams& p) {
   for (int m = 0; m < kStreams; ++m) store4(static_cast<T4*>(p.new_streams) + at + m * vectors, x[m]);
 }
 
-extern "C" __global__ void __launch_bounds__(128) hc_post_bf16(const __grid_constant__ HyperPostParams p) { hyper_post<uint2>(p); }
-extern "C" __global__ void __launch_bounds__(128) hc_post_fp32(const __grid_constant__ HyperPostParams p) { hyper_post<float4>(p); }
+extern "C" __global__ void __launch_bounds__(128) hc_post_bf16(const __grid_constant__ HyperPostParams p) { start_after_previous(); hyper_post<uint2>(p); }
+extern "C" __global__ void __launch_bounds__(128) hc_post_fp32(const __grid_constant__ HyperPostParams p) { start_after_previous(); hyper_post<float4>(p); }

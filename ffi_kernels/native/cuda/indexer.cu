@@ -6,6 +6,7 @@
 // transform), so an entry is a common power of two times integers up to 96. So is a query head, which is recognised from
 // its bf16 values. A tile or a token for which this fails (`wide`) takes bf16 products; where both ways are possible
 // both are exact, so an entry's bits do not depend on its neighbours.
+#include "../include/dependent.cuh"
 #include "../include/index_scores.cuh"
 
 namespace dsv4 {
@@ -266,8 +267,10 @@ DSV4_D void index_scores_fp4(const IndexScoresParams& p) {
 using dsv4::IndexScoresParams;
 
 extern "C" __global__ void __launch_bounds__(256, 2) index_scores_fp4_16(const __grid_constant__ IndexScoresParams p) {
+  dsv4::start_after_previous();
   dsv4::index_scores_fp4<1>(p);
 }
 extern "C" __global__ void __launch_bounds__(256, 2) index_scores_fp4_64(const __grid_constant__ IndexScoresParams p) {
+  dsv4::start_after_previous();
   dsv4::index_scores_fp4<4>(p);
 }

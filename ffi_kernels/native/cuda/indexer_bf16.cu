@@ -1,4 +1,5 @@
 // Index scores of decode with bf16 entries (recipe bf16); see index_scores.cuh for the layout and indexer.cu for FP4.
+#include "../include/dependent.cuh"
 #include "../include/index_scores.cuh"
 
 namespace dsv4 {
@@ -79,8 +80,10 @@ DSV4_D void index_scores_bf16(const IndexScoresParams& p) {
 using dsv4::IndexScoresParams;
 
 extern "C" __global__ void __launch_bounds__(256, 2) index_scores_bf16_16(const __grid_constant__ IndexScoresParams p) {
+  dsv4::start_after_previous();
   dsv4::index_scores_bf16<1>(p);
 }
 extern "C" __global__ void __launch_bounds__(256, 2) index_scores_bf16_64(const __grid_constant__ IndexScoresParams p) {
+  dsv4::start_after_previous();
   dsv4::index_scores_bf16<4>(p);
 }

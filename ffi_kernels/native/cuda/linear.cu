@@ -2,8 +2,9 @@
 //
 // A tile is 16 rows of one weight over all of K, read by a team of 1 to 16 warps. A CTA takes a run of consecutive tiles of
 // about the same bytes as every other CTA's; its teams take turns, each at its own pace, and copy ahead from the first
-// tile on while the CTA stages the inputs. More tokens than columns are more CTAs that take the same tiles (grid x). The
+// tile on before the inputs are there. More tokens than columns are more CTAs that take the same tiles (grid x). The
 // order of a sum depends on the shape and format of the weight alone.
+#include "dependent.cuh"
 #include "stage.cuh"
 
 namespace dsv4 {
@@ -135,21 +136,18 @@ DSV4_D void linear(const LinearParams& p) {
   uint32_t* amax = reinterpret_cast<uint32_t*>(partials + kPartials / 4);
   uint8_t* inputs = reinterpret_cast<uint8_t*>(amax + kMaxRows);
 
+  let_next_start();
   const int token = blockIdx.x * p.columns, count = min(p.columns, p.rows - token);
   LinearWalk<kinds, single> walk(p, blockIdx.y);
-  if (walk.begin == walk.end) return;
+  if (walk.begin == walk.end) return wait_for_previous();
   const LinearPart part(p.part[blockIdx.y]);
   const LinearRows<kinds, single> rows{p, part, inputs, token, count};
   Stage<2, LinearRows<kinds, single>> stage(rows, count * rows.tensors(), p.most_k);
   Ring<kinds, whole, LinearWalk<kinds, single>> ring(walk, shared + warp_id() * kRing * kSlot);
-  if (stage.fits()) {
-    stage.load();
-    ring.start();
-    stage.write(rows.scaled(), amax);
-  } else {
-    stage.write(rows.scaled(), amax);
-    ring.start();
-  }
+  ring.start();
+  wait_for_previous();
+  if (stage.fits()) stage.load();
+  stage.write(rows.scaled(), amax);
   __syncthreads();
 
   Segment s;

@@ -1,5 +1,6 @@
 // RMSNorm with and without quantized output, RoPE, Hadamard transform; any number of rows. Rounding points are those of
 // ffi_kernels/reference.py: fp32 inside, one rounding to the dtype of the input.
+#include "dependent.cuh"
 #include "row_codes.cuh"
 
 using namespace dsv4;
@@ -104,7 +105,7 @@ __device__ void hadamard(const HadamardParams& p) {
 }  // namespace
 
 #define DSV4_KERNEL(name, threads, params, body) \
-  extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ params p) { body(p); }
+  extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ params p) { start_after_previous(); body(p); }
 DSV4_KERNEL(rms_norm_bf16, 1024, RmsNormParams, rms_norm<uint16_t>)
 DSV4_KERNEL(rms_norm_fp32, 1024, RmsNormParams, rms_norm<float>)
 DSV4_KERNEL(rope_bf16_8, 128, RopeParams, (rope<uint16_t, 8>))

@@ -1,5 +1,6 @@
 // Quantize and dequantize by themselves, and SwiGLU with quantized output; any number of rows. Bit for bit the formats of
 // ffi_kernels/reference.py. Not here: weights' own quantizers (checkpoint conversion runs them once, through XLA).
+#include "dependent.cuh"
 #include "row_codes.cuh"
 
 using namespace dsv4;
@@ -87,6 +88,7 @@ struct DequantizeFp4Params {
 
 // Eight values per thread.
 extern "C" __global__ void __launch_bounds__(256) dequantize_fp4(const __grid_constant__ DequantizeFp4Params p) {
+  start_after_previous();
   const int64_t at = (int64_t(blockIdx.x) * 256 + threadIdx.x) * kVector;
   if (at >= int64_t(p.rows) * p.width) return;
   const uint32_t codes = *reinterpret_cast<const uint32_t*>(p.codes + at / 2);
@@ -115,6 +117,7 @@ struct DequantizeFp8Params {
 
 // Eight values per thread, within one block.
 extern "C" __global__ void __launch_bounds__(256) dequantize_fp8(const __grid_constant__ DequantizeFp8Params p) {
+  start_after_previous();
   const int vectors = (p.width + kVector - 1) / kVector, blocks = (p.width + kFp8Block - 1) / kFp8Block;
   const int64_t item = int64_t(blockIdx.x) * 256 + threadIdx.x, row = item / vectors;
   if (row >= p.all_rows) return;
@@ -170,7 +173,7 @@ __device__ void swiglu(const SwigluParams& p) {
 }  // namespace
 
 #define DSV4_KERNEL(name, threads, params, body) \
-  extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ params p) { body(p); }
+  extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ params p) { start_after_previous(); body(p); }
 DSV4_KERNEL(quantize_fp8_bf16, 256, QuantizeParams, quantize_fp8<uint16_t>)
 DSV4_KERNEL(quantize_fp8_fp32, 256, QuantizeParams, quantize_fp8<float>)
 DSV4_KERNEL(quantize_mxfp4_bf16, 256, QuantizeParams, quantize_mxfp4<uint16_t>)

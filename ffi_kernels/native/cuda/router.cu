@@ -5,7 +5,7 @@
 // gate at a tenth of the memory's speed.) `route_fixed` (hash routing) reads only the given experts' rows of the gate.
 // A score is the sum of four slices of D, each summed by one warp, lanes striding over vectors of eight channels: always
 // in this order, however many rows there are.
-#include "../include/numerics.h"
+#include "../include/dependent.cuh"
 
 namespace dsv4 {
 namespace {
@@ -89,7 +89,7 @@ DSV4_D void slice_dots(const uint16_t* x, const void* gate, int rows, int hidden
       const int at = v + 32 * i;
       if (at < end) ahead[i].load(gate, row + at);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) inputs[i][r] = at < end && r < rows ? __ldg(reinterpret_cast<const uint4*>(x) + int64_t(r) * vectors + at) : none;
+      for (int r = 0; r < kRows; ++r) inputs[i][r] = at < end && r < rows ? reinterpret_cast<const uint4*>(x)[int64_t(r) * vectors + at] : none;
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
@@ -205,20 +205,22 @@ using dsv4::RouterScoresParams;
 using dsv4::RouteScoresParams;
 
 #define ROUTER_SCORES(name, f32, rows) \
-  extern "C" __global__ void __launch_bounds__(512, 1) name(const __grid_constant__ RouterScoresParams p) { dsv4::router_scores<f32, rows>(p); }
+  extern "C" __global__ void __launch_bounds__(512, 1) name(const __grid_constant__ RouterScoresParams p) { dsv4::start_after_previous(); dsv4::router_scores<f32, rows>(p); }
 ROUTER_SCORES(router_scores_bf16_1, false, 1)
 ROUTER_SCORES(router_scores_bf16_4, false, 4)
 ROUTER_SCORES(router_scores_f32_1, true, 1)
 ROUTER_SCORES(router_scores_f32_4, true, 4)
 
 #define ROUTE_SCORES(name, candidates) \
-  extern "C" __global__ void __launch_bounds__(32, 1) name(const __grid_constant__ RouteScoresParams p) { dsv4::route_scores<candidates>(p); }
+  extern "C" __global__ void __launch_bounds__(32, 1) name(const __grid_constant__ RouteScoresParams p) { dsv4::start_after_previous(); dsv4::route_scores<candidates>(p); }
 ROUTE_SCORES(route_scores_256, 8)
 ROUTE_SCORES(route_scores_512, 16)
 
 extern "C" __global__ void __launch_bounds__(1024, 1) route_fixed_bf16(const __grid_constant__ RouteFixedParams p) {
+  dsv4::start_after_previous();
   dsv4::route_fixed<false>(p);
 }
 extern "C" __global__ void __launch_bounds__(1024, 1) route_fixed_f32(const __grid_constant__ RouteFixedParams p) {
+  dsv4::start_after_previous();
   dsv4::route_fixed<true>(p);
 }

@@ -4,6 +4,7 @@
 // finds the key of the last winner, eight bits at a time: each CTA counts digits in shared memory, all CTAs add up all
 // counts, which they send to each other, and so agree on the digit. Then a prefix sum in index order gives every winner
 // its place. Counts are integers: no order of arrival changes the result.
+#include "../include/dependent.cuh"
 #include "../include/exchange.cuh"
 
 namespace dsv4 {
@@ -222,8 +223,10 @@ DSV4_D void top_entries(const TopEntriesParams& p) {
 using dsv4::TopEntriesParams;
 
 extern "C" __global__ void __launch_bounds__(1024, 1) top_entries_f32(const __grid_constant__ TopEntriesParams p) {
+  dsv4::start_after_previous();
   dsv4::top_entries<false>(p);
 }
 extern "C" __global__ void __launch_bounds__(1024, 1) top_entries_bf16(const __grid_constant__ TopEntriesParams p) {
+  dsv4::start_after_previous();
   dsv4::top_entries<true>(p);
 }

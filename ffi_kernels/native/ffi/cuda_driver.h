@@ -15,10 +15,12 @@ using Stream = void*;
 
 constexpr Result kSuccess = 0;
 constexpr int kMaxDynamicSharedBytes = 8;       // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kSharedCarveout = 9;              // CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, percent
 constexpr int kNonPortableClusterSize = 14;     // CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 constexpr int kCapabilityMajor = 75;            // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 constexpr int kCapabilityMinor = 76;
 constexpr int kClusterDimension = 4;            // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+constexpr int kStartsEarly = 6;                 // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 struct LaunchAttribute {  // CUlaunchAttribute
   int id;
@@ -28,6 +30,7 @@ struct LaunchAttribute {  // CUlaunchAttribute
     struct {
       unsigned x, y, z;
     } cluster;
+    int starts_early;
   } value;
 };
 static_assert(sizeof(LaunchAttribute) == 72, "CUlaunchAttribute has 72 bytes");

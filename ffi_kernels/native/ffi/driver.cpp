@@ -1,5 +1,7 @@
 // Launches on a GPU through the CUDA driver. Modules are loaded once per process (cuLibrary is independent of contexts),
 // attributes are set once per kernel and device; after that a launch only enqueues, so that it can be captured in a graph.
+// A launch that follows another of its custom call starts while that one runs (programmatic dependent launch): what the other
+// writes is there once griddepcontrol.wait has returned.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -116,6 +118,8 @@ std::string resolve(const Launch& launch, Kernel& kernel) {
     if (std::get<0>(done) == kernel && std::get<1>(done) == device) shared = std::max(shared, std::get<2>(done));
   if (Result code = api.cuKernelSetAttribute(kMaxDynamicSharedBytes, int(shared), kernel, device))
     return describe(launch, "asking for " + std::to_string(shared) + " bytes of shared memory", code);
+  // Kernels of one custom call stand on a multiprocessor together, which they can only with the same division of its memory.
+  if (Result code = api.cuKernelSetAttribute(kSharedCarveout, 100, kernel, device)) return describe(launch, "asking for shared memory before L1", code);
   if (wide)
     if (Result code = api.cuKernelSetAttribute(kNonPortableClusterSize, 1, kernel, device))
       return describe(launch, "asking for a cluster of more than 8", code);
@@ -148,16 +152,22 @@ std::string driver_launch(const Launch& launch, void* stream) {
     std::lock_guard<std::mutex> lock(mutex);
     if (auto error = resolve(launch, kernel); !error.empty()) return error;
   }
-  LaunchAttribute attribute{};
-  attribute.id = kClusterDimension;
-  attribute.value.cluster = {launch.cluster[0], launch.cluster[1], launch.cluster[2]};
-  bool clustered = launch.cluster[0] * launch.cluster[1] * launch.cluster[2] > 1;
+  LaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (launch.cluster[0] * launch.cluster[1] * launch.cluster[2] > 1) {
+    attributes[count].id = kClusterDimension;
+    attributes[count++].value.cluster = {launch.cluster[0], launch.cluster[1], launch.cluster[2]};
+  }
+  if (launch.follows) {
+    attributes[count].id = kStartsEarly;
+    attributes[count++].value.starts_early = 1;
+  }
   LaunchConfig config{{launch.grid[0], launch.grid[1], launch.grid[2]},
                       {launch.block[0], launch.block[1], launch.block[2]},
                       launch.shared_bytes,
                       stream,
-                      &attribute,
-                      clustered ? 1u : 0u};
+                      attributes,
+                      count};
   void* params[] = {const_cast<uint8_t*>(launch.params)};
   if (Result code = driver().api.cuLaunchKernelEx(&config, kernel, params, nullptr)) return describe(launch, "the launch", code);
   return "";

@@ -1,5 +1,6 @@
 // XLA FFI handlers: buffers and attributes of a custom call -> Launch -> a machine. One pair serves every op, because
-// an op's launch (kernel, grid, scalars) is static and written down where the op is: `launch` in ffi_kernels/launch.py.
+// an op's launch (kernel, grid, scalars) is static and written down where the op is: `launch` in ffi_kernels/launch.py. A custom call
+// may hold several launches, which run in order (ffi_kernels/chain.py).
 #include <algorithm>
 #include <cstring>
 
@@ -14,18 +15,18 @@ namespace {
 using Ints = ffi::Span<const int64_t>;
 
 struct Call {
-  Launch launch;
-  std::vector<uint8_t> params;
+  std::vector<Launch> launches;
+  std::vector<std::vector<uint8_t>> params;  // of each
 };
 
 template <typename T>
-bool attribute(ffi::Dictionary& attributes, const char* name, T& value, std::string& error) {
+bool attribute(ffi::Dictionary& attributes, const std::string& name, T& value, std::string& error) {
   auto found = attributes.get<T>(name);
   if (found.has_value()) {
     value = *found;
     return true;
   }
-  error = std::string("the custom call lacks the attribute ") + name + " of the launch layer";
+  error = "the custom call lacks the attribute " + name + " of the launch layer";
   return false;
 }
 
@@ -36,12 +37,12 @@ void triple(Ints values, uint32_t (&out)[3]) {
 // tensor_maps: for each map of the params struct the number of its buffer, type, swizzle, rank, 5 dims, 4 strides, 5 sizes of the box.
 constexpr size_t kMapNumbers = 18;
 
-std::string encode_maps(Ints numbers, const Launch& launch, EncodeTensorMap encode, uint8_t* params) {
+std::string encode_maps(Ints numbers, const Launch& launch, const std::vector<Memory>& buffers, EncodeTensorMap encode, uint8_t* params) {
   if (numbers.size() % kMapNumbers) return "the attribute tensor_maps does not have 18 numbers for each tensor map";
   for (size_t i = 0; i < numbers.size() / kMapNumbers; ++i) {
     const int64_t* at = numbers.begin() + kMapNumbers * i;
-    if (at[0] < 0 || at[0] >= int64_t(launch.memory.size())) return "a tensor map names a buffer that the custom call lacks";
-    TensorMapArguments tensor{int(at[1]), int(at[2]), uint32_t(at[3]), launch.memory[at[0]].data, {}, {}, {}};
+    if (at[0] < 0 || at[0] >= int64_t(buffers.size())) return "a tensor map names a buffer that the custom call lacks";
+    TensorMapArguments tensor{int(at[1]), int(at[2]), uint32_t(at[3]), buffers[at[0]].data, {}, {}, {}};
     std::copy_n(at + 4, 5, tensor.dims);
     std::copy_n(at + 9, 4, tensor.strides);
     std::copy_n(at + 13, 5, tensor.box);
@@ -53,22 +54,23 @@ std::string encode_maps(Ints numbers, const Launch& launch, EncodeTensorMap enco
   return "";
 }
 
-// slots: for each pointer of the params struct the number of the buffer (arguments, then results), or -1 for null. Tensor maps
-// stand before the pointers; without an encoder they stay zero.
-std::string decode(ffi::RemainingArgs args, ffi::RemainingRets results, ffi::Dictionary attributes, EncodeTensorMap encode, Call& call) {
+// Launch `number` of a custom call; the names of its attributes end in its number, but for those of the first one.
+// slots: for each pointer of the params struct the number of the buffer (arguments, then results), or -1 for null; the first
+// `inputs` of them are only read. Tensor maps stand before the pointers; without an encoder they stay zero.
+std::string decode_launch(ffi::Dictionary attributes, int64_t number, EncodeTensorMap encode, std::vector<Memory>& buffers, Launch& launch, std::vector<uint8_t>& params) {
+  const std::string end = number ? "_" + std::to_string(number) : "";
   std::string error;
   std::string_view arch, module, kernel;
   Ints grid, block, cluster, maps, slots;
   ffi::Span<const uint8_t> scalars;
-  int64_t shared_bytes = 0;
-  if (!(attribute(attributes, "arch", arch, error) && attribute(attributes, "module", module, error) &&
-        attribute(attributes, "kernel", kernel, error) && attribute(attributes, "grid", grid, error) &&
-        attribute(attributes, "block", block, error) && attribute(attributes, "cluster", cluster, error) &&
-        attribute(attributes, "tensor_maps", maps, error) && attribute(attributes, "slots", slots, error) &&
-        attribute(attributes, "scalars", scalars, error) &&
-        attribute(attributes, "shared_bytes", shared_bytes, error)))
+  int64_t shared_bytes = 0, inputs = 0;
+  if (!(attribute(attributes, "arch" + end, arch, error) && attribute(attributes, "module" + end, module, error) &&
+        attribute(attributes, "kernel" + end, kernel, error) && attribute(attributes, "grid" + end, grid, error) &&
+        attribute(attributes, "block" + end, block, error) && attribute(attributes, "cluster" + end, cluster, error) &&
+        attribute(attributes, "tensor_maps" + end, maps, error) && attribute(attributes, "slots" + end, slots, error) &&
+        attribute(attributes, "inputs" + end, inputs, error) && attribute(attributes, "scalars" + end, scalars, error) &&
+        attribute(attributes, "shared_bytes" + end, shared_bytes, error)))
     return error;
-  Launch& launch = call.launch;
   launch.arch = arch;
   launch.module = module;
   launch.kernel = kernel;
@@ -76,52 +78,71 @@ std::string decode(ffi::RemainingArgs args, ffi::RemainingRets results, ffi::Dic
   triple(block, launch.block);
   triple(cluster, launch.cluster);
   launch.shared_bytes = uint32_t(shared_bytes);
+  launch.follows = number > 0;
+  const size_t pointers = maps.size() / kMapNumbers * TensorMapArguments::kBytes, rest = pointers + 8 * slots.size();
+  const size_t align = pointers ? TensorMapArguments::kBytes : 8;  // of the struct, which has a multiple of it
+  params.resize((rest + scalars.size() + align - 1) / align * align);
+  if (encode) error = encode_maps(maps, launch, buffers, encode, params.data());
+  for (size_t i = 0; i < slots.size(); ++i) {
+    if (slots[i] >= int64_t(buffers.size())) return "a pointer slot names a buffer that the custom call lacks";
+    void* pointer = nullptr;
+    if (slots[i] >= 0) {
+      launch.memory.push_back(buffers[slots[i]]);
+      launch.memory.back().writable = int64_t(i) >= inputs;
+      pointer = launch.memory.back().data;
+    }
+    std::memcpy(&params[pointers + 8 * i], &pointer, 8);
+  }
+  for (const Memory& written : launch.memory)
+    for (Memory& buffer : buffers)
+      if (written.writable && buffer.data == written.data) buffer.settled = false;  // an argument that is updated in place, too
+  if (scalars.size()) std::memcpy(&params[rest], scalars.begin(), scalars.size());
+  launch.params = params.data();
+  launch.params_bytes = params.size();
+  return error;
+}
+
+std::string decode(ffi::RemainingArgs args, ffi::RemainingRets results, ffi::Dictionary attributes, EncodeTensorMap encode, Call& call) {
+  std::string error;
+  int64_t launches = 0;
+  if (!attribute(attributes, "launches", launches, error)) return error;
+  std::vector<Memory> buffers;
   for (size_t i = 0; i < args.size(); ++i) {
     auto buffer = args.get<ffi::AnyBuffer>(i);
     if (!buffer.has_value()) return "an argument is not a buffer";
-    launch.memory.push_back({buffer->untyped_data(), buffer->size_bytes(), false});
+    buffers.push_back({buffer->untyped_data(), buffer->size_bytes(), false});
   }
   for (size_t i = 0; i < results.size(); ++i) {
     auto buffer = results.get<ffi::AnyBuffer>(i);
     if (!buffer.has_value()) return "a result is not a buffer";
-    launch.memory.push_back({(*buffer)->untyped_data(), (*buffer)->size_bytes(), true});
+    buffers.push_back({(*buffer)->untyped_data(), (*buffer)->size_bytes(), true});
   }
-  const size_t pointers = maps.size() / kMapNumbers * TensorMapArguments::kBytes, rest = pointers + 8 * slots.size();
-  const size_t align = pointers ? TensorMapArguments::kBytes : 8;  // of the struct, which has a multiple of it
-  call.params.resize((rest + scalars.size() + align - 1) / align * align);
-  if (encode) error = encode_maps(maps, launch, encode, call.params.data());
-  for (size_t i = 0; i < slots.size(); ++i) {
-    if (slots[i] >= int64_t(launch.memory.size())) return "a pointer slot names a buffer that the custom call lacks";
-    void* pointer = slots[i] < 0 ? nullptr : launch.memory[slots[i]].data;
-    std::memcpy(&call.params[pointers + 8 * i], &pointer, 8);
-  }
-  if (scalars.size()) std::memcpy(&call.params[rest], scalars.begin(), scalars.size());
-  launch.params = call.params.data();
-  launch.params_bytes = call.params.size();
+  call.launches.resize(launches);
+  call.params.resize(launches);
+  for (int64_t i = 0; i < launches && error.empty(); ++i) error = decode_launch(attributes, i, encode, buffers, call.launches[i], call.params[i]);
   return error;
 }
 
-ffi::Error report(const std::string& error) {
+// All launches of a custom call, in order, until one fails.
+template <class Use>
+ffi::Error each(ffi::RemainingArgs args, ffi::RemainingRets results, ffi::Dictionary attributes, EncodeTensorMap encode, const Use& use) {
+  Call call;
+  auto error = decode(args, results, attributes, encode, call);
+  for (size_t i = 0; i < call.launches.size() && error.empty(); ++i) error = use(call.launches[i]);
   return error.empty() ? ffi::Error::Success() : ffi::Error(ffi::ErrorCode::kInvalidArgument, "dsv4: " + error);
 }
 
 ffi::Error initialize(ffi::RemainingArgs args, ffi::RemainingRets results, ffi::Dictionary attributes) {
-  Call call;
-  auto error = decode(args, results, attributes, nullptr, call);
-  return report(error.empty() ? driver_prepare(call.launch) : error);
+  return each(args, results, attributes, nullptr, driver_prepare);
 }
 
 ffi::Error execute(void* stream, ffi::RemainingArgs args, ffi::RemainingRets results, ffi::Dictionary attributes) {
-  Call call;
-  auto error = decode(args, results, attributes, driver_encode, call);
-  return report(error.empty() ? driver_launch(call.launch, stream) : error);
+  return each(args, results, attributes, driver_encode, [&](const Launch& launch) { return driver_launch(launch, stream); });
 }
 
 #ifdef DSV4_INTERPRETER
 ffi::Error simulate(ffi::RemainingArgs args, ffi::RemainingRets results, ffi::Dictionary attributes) {
-  Call call;
-  auto error = decode(args, results, attributes, sim_encode, call);
-  return report(error.empty() ? sim_launch(call.launch) : error);
+  return each(args, results, attributes, sim_encode, sim_launch);
 }
 #endif
 

@@ -1,9 +1,9 @@
 // Which matrices a MoE step reads, and for which tokens: found by every CTA of experts.cu from the ids, so that tokens
 // that picked one expert share the read of its matrices.
 //
-// A group is one expert with up to `columns` of the slots that picked it, of different tokens; then come groups of as many
-// tokens of the shared expert. Slots of weight zero belong to no group. The order of groups follows the routing of all tokens; nothing
-// that a token is given depends on it.
+// The first groups are of as many tokens of the shared expert as a group holds: they are known without the ids. Each of the others is one
+// expert with up to `columns` of the slots that picked it, of different tokens. Slots of weight zero belong to no group. The order of
+// groups follows the routing of all tokens; nothing that a token is given depends on it.
 #pragma once
 
 #include "tile.cuh"
@@ -21,8 +21,11 @@ struct Groups {
   int matrix[kMaxGroups];               // expert; 0 for the shared one
   int count[kMaxGroups];
   uint8_t member[kMaxGroups][kColumns]; // slot r * slots + x; of the shared expert's groups token r
-  int routed, all;                      // routed groups come first
+  int shared, all;                      // groups of the shared expert come first
 };
+
+// Groups of the shared expert.
+DSV4_D int shared_groups(bool shared, int rows, int columns) { return shared ? (rows + columns - 1) / columns : 0; }
 
 // All threads of the CTA. ids int32, weights fp32 [rows, slots], of `experts` experts; ids outside are clipped.
 DSV4_D void find_groups(Groups& g, const int* ids, const float* weights, int rows, int slots, int experts, bool shared, int columns) {
@@ -55,21 +58,21 @@ DSV4_D void find_groups(Groups& g, const int* ids, const float* weights, int row
   const bool starts = t < pairs && expert >= 0 && first == t;
   if (t < pairs) g.starts[t] = starts;
   const int routed = __syncthreads_count(starts);
+  const int of_shared = shared_groups(shared, rows, columns);
   if (t < pairs && expert >= 0) {
-    int group = 0;
+    int group = of_shared;
     for (int q = 0; q < first; ++q) group += g.starts[q];
     g.member[group][rank % columns] = uint8_t(t);
     atomicAdd(&g.count[group], 1);
     if (starts) g.matrix[group] = expert;
   }
-  const int of_shared = shared ? (rows + columns - 1) / columns : 0;
   if (t < rows && shared) {
-    const int group = routed + t / columns;
+    const int group = t / columns;
     g.member[group][t % columns] = uint8_t(t);
     atomicAdd(&g.count[group], 1);
     if (t % columns == 0) g.matrix[group] = 0;
   }
-  if (t == 0) g.routed = routed, g.all = routed + of_shared;
+  if (t == 0) g.shared = of_shared, g.all = of_shared + routed;
   __syncthreads();
 }
 

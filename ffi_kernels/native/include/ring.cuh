@@ -28,9 +28,22 @@ struct Ring {
   DSV4_D Ring(const Walk& at_start, uint8_t* warp_slots)
       : walk(at_start), lane(lane_offsets()), slots(shared_address(warp_slots)), slot(slots), data(nullptr), scale(nullptr) {}
 
+  int filled = 0;              // slots, before anything is consumed
+
+  // Fills all slots.
   DSV4_D void start() {
 #pragma unroll 1
-    for (int i = 0; i < kRing; ++i) fill(slots + i * kSlot);
+    for (; filled < kRing; ++filled) fill(slots + filled * kSlot);
+  }
+
+  // Fills as many slots as the walk has segments now; `start` does the rest once it has more.
+  DSV4_D void start_known() {
+#pragma unroll 1
+    for (; filled < kRing; ++filled) {
+      if (unit >= units) advance();
+      if (unit >= units) return;
+      fill(slots + filled * kSlot);
+    }
   }
 
   // Lane addresses of the next segment that has units.

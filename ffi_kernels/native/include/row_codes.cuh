@@ -13,13 +13,13 @@ constexpr int kVector = 8;  // channels of a thread
 enum CodeFormat : int32_t { kNoCodes = 0, kFp8Codes = 1, kNvfp4Codes = 2 };
 
 DSV4_D void load_vector(const uint16_t* from, float (&x)[kVector]) {
-  const uint4 raw = __ldg(reinterpret_cast<const uint4*>(from));
+  const uint4 raw = *reinterpret_cast<const uint4*>(from);
   x[0] = bf16_low(raw.x), x[1] = bf16_high(raw.x), x[2] = bf16_low(raw.y), x[3] = bf16_high(raw.y);
   x[4] = bf16_low(raw.z), x[5] = bf16_high(raw.z), x[6] = bf16_low(raw.w), x[7] = bf16_high(raw.w);
 }
 
 DSV4_D void load_vector(const float* from, float (&x)[kVector]) {
-  const float4 a = __ldg(reinterpret_cast<const float4*>(from)), b = __ldg(reinterpret_cast<const float4*>(from) + 1);
+  const float4 a = *reinterpret_cast<const float4*>(from), b = *(reinterpret_cast<const float4*>(from) + 1);
   x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
 }
 

@@ -5,6 +5,7 @@
 // One warp copies (TMA) into a ring of stages of 256 K; one multiplies, in a pair that of the first CTA for both; four
 // read the sums out of tensor memory, apply the global scales and store, while the next tile is multiplied into the other
 // accumulator. Barriers of a pair: `full` and `drained` are those of the first CTA, `empty` and `summed` of each.
+#include "../include/dependent.cuh"
 #include "../include/tcgen05.cuh"
 #include "../include/tma.cuh"
 
@@ -240,6 +241,7 @@ DSV4_D void matmul(const MatmulParams& p) {
 
 #define DSV4_MATMUL(name, group, bf16)                                                                      \
   extern "C" __global__ void __launch_bounds__(kThreads, 1) name(const __grid_constant__ MatmulParams p) { \
+    dsv4::start_after_previous();                                                                           \
     matmul<group, bf16>(p);                                                                                 \
   }
 
