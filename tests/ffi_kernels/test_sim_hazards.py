@@ -106,10 +106,10 @@ HABITS = [(1, "no synchronisation|no bar.warp.sync"), (2, "have exited or do not
 
 @pytest.mark.parametrize("habit, words", HABITS)
 def test_what_devices_do_beyond_the_isa(habit, words, monkeypatch):
-    """An alarm by default; with strict=off such kernels run, and give what they give on a device."""
-    for schedule in SCHEDULES:
+    """An alarm by default, which a device does not give; with strict=off such kernels run, and give what they give on a device."""
+    for schedule in SCHEDULES if not sim.ON_DEVICE else SCHEDULES[:1]:
         monkeypatch.setenv("DSV4_SIM", schedule)
-        if words:
+        if words and not sim.ON_DEVICE:
             with pytest.raises(sim.SimError, match=words):
                 launch("habits", habit)
         monkeypatch.setenv("DSV4_SIM", f"{schedule} strict=off")
@@ -118,6 +118,7 @@ def test_what_devices_do_beyond_the_isa(habit, words, monkeypatch):
         np.testing.assert_array_equal(launch("habits", habit)[:64], want[habit], err_msg=schedule)
 
 
+@pytest.mark.skipif(sim.ON_DEVICE, reason="a device elects the same lane always")
 def test_any_lane_may_be_elected(monkeypatch):
     chosen = set()
     for seed in range(1, 9):
