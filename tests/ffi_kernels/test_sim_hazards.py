@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import sim_driver as sim
+from sim_record import Compare
 
 pytestmark = pytest.mark.skipif(bool(sim.missing()), reason=sim.missing() or "-")
 defects = pytest.mark.skipif(sim.ON_DEVICE, reason="a device does not report defects")
@@ -46,10 +47,10 @@ def wanted(kernel):
     return d
 
 
-def launch(kernel, defect, arch="sm_90a"):
+def launch(kernel, defect, arch="sm_90a", **how):
     a, d = A.copy(), np.zeros(1024, np.int32)
     a.flags.writeable = False
-    sim.run(sim.ptx("hazards", arch), kernel, [a, d, defect], **shape(kernel))
+    sim.run(sim.ptx("hazards", arch), kernel, [a, d, defect], **shape(kernel), **how)
     return d
 
 
@@ -123,5 +124,5 @@ def test_any_lane_may_be_elected(monkeypatch):
     chosen = set()
     for seed in range(1, 9):
         monkeypatch.setenv("DSV4_SIM", f"schedule=random seed={seed}")
-        chosen.add(int(launch("habits", 3)[0]))
+        chosen.add(int(launch("habits", 3, compare=Compare(lambda arrays: []))[0]))
     assert len(chosen) > 4
