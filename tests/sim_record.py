@@ -23,6 +23,7 @@ import sim_sources
 from sim_draws import current_test
 
 RECORD = pathlib.Path(__file__).parent / "ffi_kernels" / "sim_record.json"
+KINDS = "bits", "close"  # how launches are compared: hashes, values
 AGAIN = "record again on a device: ffi_kernels/sim/README.md, Against a device"
 Arrays = list[np.ndarray]
 
@@ -34,16 +35,15 @@ class Disagreement(AssertionError):
 @dataclasses.dataclass(frozen=True)
 class Compare:
     """How outputs are compared where not bit for bit. `canonical` maps the outputs to those that must be equal; a tolerance
-    stores values; `open` ones are stored and never compared: the ISA leaves them to the device."""
+    stores values."""
 
     canonical: Callable[[Arrays], Arrays] = lambda arrays: arrays
     rtol: float = 0.0
     atol: float = 0.0
-    open: bool = False
 
     @property
     def kind(self) -> str:
-        return "open" if self.open else "close" if self.rtol or self.atol else "bits"
+        return "close" if self.rtol or self.atol else "bits"
 
 
 EXACT = Compare()
@@ -118,7 +118,7 @@ def merged(lines: pathlib.Path, about: dict) -> dict:
     """The record out of the lines of a run. A test with a failed launch has none: what came before may be half of it."""
     entries = [json.loads(line) for line in lines.read_text().splitlines()]
     failures = {e["test"]: e["failed"] for e in entries if "failed" in e}
-    sections: dict = {"bits": {}, "close": {}, "open": {}}
+    sections: dict = {kind: {} for kind in KINDS}
     for e in entries:
         if "failed" not in e and e["test"] not in failures:
             sections[e["kind"]].setdefault(e["test"], {})[e["inputs"]] = [e["kernel"], e["outputs"]]
@@ -128,7 +128,7 @@ def merged(lines: pathlib.Path, about: dict) -> dict:
 def written(record: dict, path: pathlib.Path) -> None:
     """Sorted, one launch a line, so that two records can be compared by eye."""
     rows = [f'"about": {json.dumps(record["about"], sort_keys=True)}', f'"failures": {json.dumps(record["failures"], sort_keys=True, indent=0)}']
-    for kind in ("bits", "close", "open"):
+    for kind in KINDS:
         tests = [f"{json.dumps(test)}: {{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(launches.items())) + "}"
                  for test, launches in sorted(record[kind].items())]  # fmt: skip
         rows.append(f'"{kind}": {{\n' + ",\n".join(tests) + "}")
@@ -149,7 +149,7 @@ class Replay:
         """{inputs: (kind, kernel, outputs)} that a device made in this test."""
         if self.record is None:
             return {}
-        return {key: (kind, *value) for kind in ("bits", "close", "open") for key, value in self.record[kind].get(test, {}).items()}
+        return {key: (kind, *value) for kind in KINDS for key, value in self.record[kind].get(test, {}).items()}
 
     def compare(self, test: str, key: str, kernel: str, arrays: Arrays, how: Compare) -> None:
         """Raises Disagreement unless the outputs are those of the device, if it ran this launch."""
@@ -158,8 +158,6 @@ class Replay:
             return
         self.seen.setdefault(test, set()).add(key)
         kind, _, outputs = known
-        if kind == "open":
-            return
         here, about = outputs_of(arrays, how), self.record["about"]
         where = f"{test}: kernel {kernel}, of the same inputs ({key})"
         if kind != how.kind:
@@ -187,9 +185,9 @@ REPLAY = Replay(pathlib.Path(os.environ.get("DSV4_SIM_REPLAY", RECORD)))
 
 
 def wanted() -> bool:
-    """Whether launches of the current test are recorded or compared at all."""
+    """Whether launches of the current test are recorded, kept or compared at all."""
     test = current_test()
-    return bool(test) and ("DSV4_SIM_RECORD" in os.environ or bool(REPLAY.launches(test)))
+    return bool(test) and ("DSV4_SIM_RECORD" in os.environ or "DSV4_SIM_DUMP" in os.environ or bool(REPLAY.launches(test)))
 
 
 def launched(key: str, kernel: str, arrays: Arrays, how: Compare) -> None:

@@ -20,7 +20,7 @@ void combine(const Bulk& k, uint8_t* to, const uint8_t* from, uint64_t size) {
     uint64_t a = 0, b = 0;
     std::memcpy(&a, to + i, n);
     std::memcpy(&b, from + i, n);
-    const uint64_t r = apply_atomic(k.op, k.type, a, b, 0, true);  // sums of f32 in global memory lose subnormals
+    const uint64_t r = apply_atomic(k.op, k.type, a, b, 0, false);  // unlike red, keeps subnormal numbers
     std::memcpy(to + i, &r, n);
   }
 }

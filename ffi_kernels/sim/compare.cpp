@@ -169,13 +169,13 @@ template <class T, class C> Step slct(Ctx& c, const Instr& in) {  // a where c >
   put(out<T>(c, in, 0), r, c.mask);
   return Step::next;
 }
-template <class T> Step testp(Ctx& c, const Instr& in) {
+template <class T> Step testp(Ctx& c, const Instr& in) {  // zero is a normal number
   const Slot<T>* a = src<Slot<T>>(c, in, 1);
   uint32_t r = 0;
   for (int l = 0; l < 32; ++l) {
     const int k = std::fpclassify(from_slot<T>(a[l]));
     const bool v = in.a == 0 ? k != FP_INFINITE && k != FP_NAN : in.a == 1 ? k == FP_INFINITE : in.a == 2 ? k != FP_NAN
-                   : in.a == 3 ? k == FP_NAN : in.a == 4 ? k == FP_NORMAL : k == FP_SUBNORMAL;
+                   : in.a == 3 ? k == FP_NAN : in.a == 4 ? k == FP_NORMAL || k == FP_ZERO : k == FP_SUBNORMAL;
     r |= static_cast<uint32_t>(v) << l;
   }
   put_pred(c, in, 0, r);

@@ -92,8 +92,8 @@ struct FLg2 { static float f(const Instr& in, float a) { return out_(in, static_
 struct FSin { static float f(const Instr& in, float a) { return out_(in, static_cast<float>(std::sin(static_cast<double>(in_(in, a))))); } };
 struct FCos { static float f(const Instr& in, float a) { return out_(in, static_cast<float>(std::cos(static_cast<double>(in_(in, a))))); } };
 struct FTanh { static float f(const Instr& in, float a) { return out_(in, static_cast<float>(std::tanh(static_cast<double>(a)))); } };
-struct FAbs { static float f(const Instr& in, float a) { return in_(in, bit_cast<float>(bit_cast<uint32_t>(a) & 0x7FFFFFFF)); } };
-struct FNeg { static float f(const Instr& in, float a) { return in_(in, bit_cast<float>(bit_cast<uint32_t>(a) ^ 0x80000000)); } };
+struct FAbs { static float f(const Instr& in, float a) { return canonical(in_(in, std::fabs(a))); } };
+struct FNeg { static float f(const Instr& in, float a) { return canonical(in_(in, -a)); } };
 struct FCopysign { static float f(float a, float b) { return bit_cast<float>((bit_cast<uint32_t>(b) & 0x7FFFFFFF) | (bit_cast<uint32_t>(a) & 0x80000000)); } };
 struct FMinMax {  // in.b: 0 min, 1 max; in.c: bit 0 NaN, bit 1 xorsign.abs
   static float f(const Instr& in, float a, float b) {
@@ -138,7 +138,7 @@ struct DRcp { static double f(const Instr& in, double a) { return in.b ? with_mo
 struct DRsqrt { static double f(const Instr&, double a) { return 1.0 / std::sqrt(a); } };
 struct DMinMax { static double f(const Instr& in, double a, double b) { return a != a ? b : b != b ? a : (a < b || (a == b && std::signbit(a))) != (in.b != 0) ? a : b; } };
 struct DAbs { static double f(const Instr&, double a) { return std::fabs(a); } };
-struct DNeg { static double f(const Instr&, double a) { return -a; } };
+struct DNeg { static double f(const Instr&, double a) { return a != a ? bit_cast<double>(bit_cast<uint64_t>(a) | uint64_t{1} << 51) : -a; } };  // nan: made quiet, its sign kept
 struct DCopysign { static double f(double a, double b) { return std::copysign(b, a); } };
 
 // f32x2 (sm_100): the scalar op on both halves of a 64-bit register.

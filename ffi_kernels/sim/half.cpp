@@ -41,8 +41,9 @@ struct MinMax {
     return (a_less != (in.b != 0) ? a : b) | sign;
   }
 };
-struct Abs { template <class H> static uint32_t f(const Instr& in, uint32_t a) { return (in.a & 1 ? flush_bits<H>(a) : a) & 0x7FFF; } };
-struct Neg { template <class H> static uint32_t f(const Instr& in, uint32_t a) { return (in.a & 1 ? flush_bits<H>(a) : a) ^ 0x8000; } };
+template <class H> bool is_nan(uint32_t v) { return (v & 0x7FFF) > format<H>().infinity; }
+struct Abs { template <class H> static uint32_t f(const Instr& in, uint32_t a) { return is_nan<H>(a) ? 0x7FFF : (in.a & 1 ? flush_bits<H>(a) : a) & 0x7FFF; } };
+struct Neg { template <class H> static uint32_t f(const Instr& in, uint32_t a) { return is_nan<H>(a) ? 0x7FFF : (in.a & 1 ? flush_bits<H>(a) : a) ^ 0x8000; } };
 struct Ex2 { template <class H> static uint32_t f(const Instr& in, uint32_t a) { return finish<H>(in, std::exp2(read<H>(in, a))); } };
 struct Tanh { template <class H> static uint32_t f(const Instr& in, uint32_t a) { return finish<H>(in, std::tanh(read<H>(in, a))); } };
 

@@ -29,7 +29,7 @@ struct MadWide {
 struct AddSat { static int32_t f(int32_t a, int32_t b) { const int64_t s = int64_t(a) + b; return s > INT32_MAX ? INT32_MAX : s < INT32_MIN ? INT32_MIN : int32_t(s); } };
 struct SubSat { static int32_t f(int32_t a, int32_t b) { const int64_t s = int64_t(a) - b; return s > INT32_MAX ? INT32_MAX : s < INT32_MIN ? INT32_MIN : int32_t(s); } };
 struct MadHighSat { static int32_t f(int32_t a, int32_t b, int32_t c) { return AddSat::f(MulHigh::f(a, b), c); } };
-struct Div {  // by zero: all ones, as the device gives (the ISA leaves it open)
+struct Div {  // by zero, like Rem: all ones, as the device gives (the ISA leaves it open)
   template <class T> static T f(T a, T b) {
     if (b == 0) return static_cast<T>(~U<T>(0));
     if constexpr (std::is_signed_v<T>) if (b == -1) return static_cast<T>(U<T>(0) - U<T>(a));
@@ -38,7 +38,7 @@ struct Div {  // by zero: all ones, as the device gives (the ISA leaves it open)
 };
 struct Rem {
   template <class T> static T f(T a, T b) {
-    if (b == 0) return a;
+    if (b == 0) return static_cast<T>(~U<T>(0));
     if constexpr (std::is_signed_v<T>) if (b == -1) return 0;
     return static_cast<T>(a % b);
   }

@@ -46,9 +46,12 @@ struct Fns {
     return ~0u;
   }
 };
+// A place or length of a bit field: the low byte in the 32-bit forms, the whole number in the 64-bit ones. The ISA restricts
+// both to 0..255; this is what the device makes of others.
+template <class T> uint32_t field_number(uint32_t n) { return sizeof(T) == 8 ? std::min(n, 64u) : n & 255; }
 struct Bfe {
   template <class T> static T f(T a, uint32_t b, uint32_t c) {
-    const uint32_t width = 8 * sizeof(T), pos = b & 255, len = c & 255;
+    const uint32_t width = 8 * sizeof(T), pos = field_number<T>(b), len = field_number<T>(c);
     using W = std::make_unsigned_t<T>;
     const uint32_t sign_at = std::min(pos + len - 1, width - 1);
     const bool sign = std::is_signed_v<T> && len && (static_cast<W>(a) >> sign_at & 1);
@@ -61,7 +64,7 @@ struct Bfe {
 };
 struct Bfi {
   template <class T> static T f(T a, T b, uint32_t c, uint32_t d) {
-    const uint32_t width = 8 * sizeof(T), pos = c & 255, len = d & 255;
+    const uint32_t width = 8 * sizeof(T), pos = field_number<T>(c), len = field_number<T>(d);
     if (pos >= width || len == 0) return b;
     const T field = len >= width ? ~T(0) : static_cast<T>((T(1) << len) - 1);
     const T mask = static_cast<T>(field << pos);

@@ -70,7 +70,7 @@ Type reduced_type(const TensorMap& m, AtomicOp op) {
     case AtomicOp::add: return t == Type::s64 ? Type::none : t;
     case AtomicOp::min: case AtomicOp::max: return t == Type::f32 ? Type::none : t;
     case AtomicOp::inc: case AtomicOp::dec: return t == Type::u32 ? t : Type::none;
-    default: return is_integer(t) ? t : Type::none;
+    default: return is_integer(t) && t != Type::s64 ? t : Type::none;
   }
 }
 
@@ -132,7 +132,7 @@ Step copy(Ctx& c, const Instr& in) {
           uint64_t a = 0, b = 0;
           std::memcpy(&a, to, m.element);
           std::memcpy(&b, from, m.element);
-          const uint64_t r = apply_atomic(k.op, type, a, b, 0, true);
+          const uint64_t r = apply_atomic(k.op, type, a, b, 0, false);
           std::memcpy(to, &r, m.element);
         });
       });

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import sim_driver as sim
+from sim_record import Compare
 
 pytestmark = pytest.mark.skipif(bool(sim.missing()), reason=sim.missing() or "-")
 defects = pytest.mark.skipif(sim.ON_DEVICE, reason="a device does not report defects")
@@ -46,10 +47,10 @@ def wanted(kernel):
     return d
 
 
-def launch(kernel, defect, arch="sm_90a"):
+def launch(kernel, defect, arch="sm_90a", **how):
     a, d = A.copy(), np.zeros(1024, np.int32)
     a.flags.writeable = False
-    sim.run(sim.ptx("hazards", arch), kernel, [a, d, defect], **shape(kernel))
+    sim.run(sim.ptx("hazards", arch), kernel, [a, d, defect], **shape(kernel), **how)
     return d
 
 
@@ -106,10 +107,10 @@ HABITS = [(1, "no synchronisation|no bar.warp.sync"), (2, "have exited or do not
 
 @pytest.mark.parametrize("habit, words", HABITS)
 def test_what_devices_do_beyond_the_isa(habit, words, monkeypatch):
-    """An alarm by default; with strict=off such kernels run, and give what they give on a device."""
-    for schedule in SCHEDULES:
+    """An alarm by default, which a device does not give; with strict=off such kernels run, and give what they give on a device."""
+    for schedule in SCHEDULES if not sim.ON_DEVICE else SCHEDULES[:1]:
         monkeypatch.setenv("DSV4_SIM", schedule)
-        if words:
+        if words and not sim.ON_DEVICE:
             with pytest.raises(sim.SimError, match=words):
                 launch("habits", habit)
         monkeypatch.setenv("DSV4_SIM", f"{schedule} strict=off")
@@ -118,9 +119,10 @@ def test_what_devices_do_beyond_the_isa(habit, words, monkeypatch):
         np.testing.assert_array_equal(launch("habits", habit)[:64], want[habit], err_msg=schedule)
 
 
+@pytest.mark.skipif(sim.ON_DEVICE, reason="a device elects the same lane always")
 def test_any_lane_may_be_elected(monkeypatch):
     chosen = set()
     for seed in range(1, 9):
         monkeypatch.setenv("DSV4_SIM", f"schedule=random seed={seed}")
-        chosen.add(int(launch("habits", 3)[0]))
+        chosen.add(int(launch("habits", 3, compare=Compare(lambda arrays: []))[0]))
     assert len(chosen) > 4

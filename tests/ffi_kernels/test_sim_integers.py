@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import sim_driver as sim
 from sim_draws import Draws
-from sim_record import Compare
 
 pytestmark = pytest.mark.skipif(bool(sim.missing()), reason=sim.missing() or "-")
 RNG = Draws()
@@ -52,18 +51,23 @@ def nth(mask, base, offset):
     return places[abs(offset) - 1] if abs(offset) <= len(places) else -1
 
 
+def field(pos, length, bits):
+    """Place and length of a bit field: of 32 bits their low bytes count, of 64 bits the whole numbers."""
+    return (pos, min(length, 64)) if bits == 64 else (pos & 255, length & 255)
+
+
 def extracted(x, pos, length, bits, is_signed):
-    pos, length = pos & 255, length & 255
+    pos, length = field(pos, length, bits)
     if not length:
         return 0
     sign = is_signed and x >> min(pos + length - 1, bits - 1) & 1
     return sum(int(x >> (pos + i) & 1 if i < length and pos + i < bits else sign) << i for i in range(bits))
 
 
-def inserted(field, x, pos, length, bits):
-    pos, length = pos & 255, length & 255
+def inserted(a, x, pos, length, bits):
+    pos, length = field(pos, length, bits)
     mask = ((1 << length) - 1 << pos) & (2**bits - 1) if pos < bits else 0
-    return x & ~mask | field << pos & mask
+    return x & ~mask | a << pos & mask
 
 
 def bit_mask(a, b, wrap):
@@ -236,11 +240,11 @@ def numbers(bits, n):
     return RNG.permutation(np.concatenate([np.array(edges, FORMS[bits]), drawn]))
 
 
-def applied(name, a, b, c, bits, compare=Compare()):
+def applied(name, a, b, c, bits):
     d = np.zeros(len(a), FORMS[bits])
     for x in (a, b, c):
         x.flags.writeable = False
-    sim.run(sim.ptx("integers"), name, [a, b, c, d, len(a)], grid=2, block=128, compare=compare)
+    sim.run(sim.ptx("integers"), name, [a, b, c, d, len(a)], grid=2, block=128)
     return d
 
 
@@ -256,7 +260,7 @@ def test_instruction(name, meaning, bits, bits_c, bits_out):
 
 
 @pytest.mark.parametrize("name, bits", [(f"{op}_{sign}{bits}", bits or 32) for op in ("div", "rem") for sign in "su" for bits in ("", 16, 64)])
-def test_division_by_zero_gives_something(name, bits):
-    """The ISA leaves the result to the device: it is recorded, and only here for that."""
+def test_division_by_zero_gives_all_ones(name, bits):
+    """The ISA leaves the result to the device."""
     a = np.array([0, 1, 5, (1 << bits) - 1, 1 << (bits - 1)], FORMS[bits])
-    assert len(applied(name, a, np.zeros_like(a), a, bits, Compare(open=True))) == 5
+    np.testing.assert_array_equal(applied(name, a, np.zeros_like(a), a, bits), np.full(5, (1 << bits) - 1, FORMS[bits]))
