@@ -23,7 +23,7 @@ import ffi_kernels as ops
 from dsv4_jax import cache as caches
 from dsv4_jax import params, precision
 from dsv4_jax.config import PRESETS, ModelConfig
-from dsv4_jax.model import Model, local_decode_step
+from dsv4_jax.model import Model, local_decode_step, on
 from dsv4_jax.precision import Recipe
 from ffi_kernels.bench import kept, roofline
 
@@ -98,7 +98,8 @@ def _loop(model: Model, token, state, steps):
         logits, state = local_decode_step(model.context, model.weights, *carry)
         return jnp.argmax(logits, -1).astype(jnp.int32), state
 
-    return jax.lax.fori_loop(0, steps, body, (token, state))
+    with on(model):
+        return jax.lax.fori_loop(0, steps, body, (token, state))
 
 
 def bytes_per_token(config: ModelConfig, weights, state) -> int:
@@ -163,7 +164,7 @@ def run(
     print(f"{params.nbytes(weights) / 1e9:.1f} GB of random weights in {made_s:.1f} s; read {read / 1e12:.2f} TB/s", flush=True)
     about = {
         "model": name, "recipe": recipe.name, "layers": config.num_hidden_layers, "experts": config.n_routed_experts,
-        "device": f"{device.platform} {device.device_kind}", "backend": ops.current(), "read_gbs": read / 1e9,
+        "device": f"{device.platform} {device.device_kind}", "backend": model.backend, "read_gbs": read / 1e9,
         "weight_bytes": params.nbytes(weights),
     }  # fmt: skip
 
