@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--draft", type=int, default=0, metavar="K", help="speculative decoding with K drafted tokens")
     sub.add_argument("--layers", type=int, help="random weights: only the first LAYERS layers")
     sub.add_argument("--experts", type=int, help="random weights: only EXPERTS routed experts, so that they fit one device")
+    sub.add_argument("--kernels", action="store_true", help="random weights: print what each kernel of a step takes, from a profile")
     _add_keeping(sub, "context and batch")
     sub.set_defaults(bench=_decode)
 
@@ -163,8 +164,11 @@ def _decode(args) -> dict:
 
     if args.model in _published():
         return _random_step(args)
-    if args.layers or args.experts:
-        raise ValueError(f"--layers and --experts trim random weights; --model {args.model} is a checkpoint: leave them out.")
+    if args.layers or args.experts or args.kernels:
+        raise ValueError(
+            f"--layers and --experts trim random weights, --kernels profiles their step; --model {args.model} is a checkpoint: "
+            "leave them out."
+        )
     contexts = args.context or [256]
     if len(args.batch) > 1 or len(contexts) > 1 or min(*args.batch, *contexts, args.tokens) < 1:
         raise ValueError(
@@ -219,7 +223,10 @@ def _random_step(args) -> dict:
     contexts = args.context or [2**10, 2**13, 2**17, 2**20]
     if min(*args.batch, *contexts) < 1:
         raise ValueError(f"batch = {args.batch} and context = {contexts} must be at least 1.")
-    return bench_step.run(args.model, args.recipe or "official", args.layers, args.experts, contexts, args.batch, args.out, args.seconds)
+    recipe = args.recipe or "official"
+    return bench_step.run(
+        args.model, recipe, args.layers, args.experts, contexts, args.batch, args.out, args.seconds, args.kernels
+    )
 
 
 def _published() -> dict:

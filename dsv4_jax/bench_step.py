@@ -23,7 +23,7 @@ import ffi_kernels as ops
 from dsv4_jax import cache as caches
 from dsv4_jax import params, precision
 from dsv4_jax.config import PRESETS, ModelConfig
-from dsv4_jax.model import Model, local_decode_step
+from dsv4_jax.model import Model, local_decode_step, on
 from dsv4_jax.precision import Recipe
 from ffi_kernels.bench import kept, roofline
 
@@ -98,7 +98,8 @@ def _loop(model: Model, token, state, steps):
         logits, state = local_decode_step(model.context, model.weights, *carry)
         return jnp.argmax(logits, -1).astype(jnp.int32), state
 
-    return jax.lax.fori_loop(0, steps, body, (token, state))
+    with on(model):
+        return jax.lax.fori_loop(0, steps, body, (token, state))
 
 
 def bytes_per_token(config: ModelConfig, weights, state) -> int:
@@ -131,26 +132,77 @@ def program_figures(text: str, layers: int) -> dict:
     }  # fmt: skip
 
 
-def launch_figures(run, steps: int) -> dict:
-    """Driver calls per step of run() by kind, out of a profile: one decode step should be one cuGraphLaunch. Empty without a GPU."""
+def profiled(run, steps: int) -> dict:
+    """`profile_figures` of run(), which makes `steps` decode steps."""
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             run()
-        profiles = [jax.profiler.ProfileData.from_file(str(path)) for path in Path(directory).rglob("*.xplane.pb")]
-        events = (event for profile in profiles for plane in profile.planes for line in plane.lines for event in line.events)
-        calls = collections.Counter(event.name for event in events if event.name.startswith("cu"))
-    kinds = {"graph_launches": "cuGraphLaunch", "kernel_launches": "cuLaunchKernel"}
-    counted = {f"{kind}_per_step": sum(n for call, n in calls.items() if call.startswith(name)) / steps for kind, name in kinds.items()}
-    return counted if any(counted.values()) else {}
+        return profile_figures([jax.profiler.ProfileData.from_file(str(path)) for path in Path(directory).rglob("*.xplane.pb")], steps)
+
+
+def profile_figures(profiles, steps: int) -> dict:
+    """What `jax.profiler.ProfileData` of `steps` decode steps say about one of them. Empty without a GPU.
+
+    graph_launches_per_step, kernel_launches_per_step: driver calls of the kind; a decode step should be one graph launch.
+    driver_ms_per_step: host time inside driver calls, those that wait for the device left out. kernels: see `kernel_table`.
+    kernel_ms_per_step: their sum; span_ms_per_step: from the first one's start to the last one's end, both under the profiler.
+    """
+    calls, kernels = [], []
+    for plane in (plane for profile in profiles for plane in profile.planes):
+        for line in plane.lines:
+            if not plane.name.startswith("/device:GPU"):
+                calls += [(event.name, event.duration_ns) for event in line.events if event.name.startswith("cu")]
+            elif "XLA" not in line.name:  # the lines of that name repeat the kernels, as HLO ops and modules
+                kernels += [(event.name, event.start_ns, event.duration_ns) for event in line.events]
+    figures = {}
+    if calls:
+        for kind, call in {"graph_launches": "cuGraphLaunch", "kernel_launches": "cuLaunchKernel"}.items():
+            figures[f"{kind}_per_step"] = sum(name.startswith(call) for name, _ in calls) / steps
+        figures["driver_ms_per_step"] = sum(ns for name, ns in calls if "Synchronize" not in name) / steps / 1e6
+    if kernels:
+        table = kernel_table(kernels, steps)
+        first, last = min(start for _, start, _ in kernels), max(start + ns for _, start, ns in kernels)
+        figures["kernel_ms_per_step"] = sum(row["us_per_step"] for row in table) / 1e3
+        figures["span_ms_per_step"] = (last - first) / steps / 1e6
+        figures["kernels"] = table
+    return figures
+
+
+def kernel_table(events, steps: int) -> list[dict]:
+    """Kernels and copies, given as (name, start_ns, duration_ns), by their share of the time of all; the longest first."""
+    durations = collections.defaultdict(list)
+    for name, _, ns in events:
+        durations[name].append(ns)
+    total = sum(map(sum, durations.values()))
+    rows = [
+        {
+            "name": name, "launches_per_step": len(each) / steps, "median_us": float(np.median(each)) / 1e3,
+            "us_per_step": sum(each) / steps / 1e3, "percent": 100 * sum(each) / max(total, 1),
+        }
+        for name, each in durations.items()
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: -row["us_per_step"])
+
+
+def _print_row(row: dict, kernels: bool) -> None:
+    figures = {name: value for name, value in row.items() if name != "kernels"}
+    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()), flush=True)
+    if kernels and (table := row.get("kernels")):
+        print(f"  {'kernel':<60}{'per step':>10}{'median us':>11}{'us/step':>10}{'percent':>9}")
+        for one in table:
+            print(
+                f"  {one['name'][:59]:<60}{one['launches_per_step']:10.2f}{one['median_us']:11.2f}{one['us_per_step']:10.1f}"
+                f"{one['percent']:9.1f}", flush=True,
+            )  # fmt: skip
 
 
 def run(
     name: str, recipe: str, layers: int | None, experts: int | None, contexts: list[int], batches: list[int],
-    out: str | None = None, limit_s: float | None = None,
+    out: str | None = None, limit_s: float | None = None, kernels: bool = False,
 ) -> dict:  # fmt: skip
     """Figures of the step of a published configuration: all contexts at the first batch, then at the next one.
 
-    Prints progress as it goes, and keeps the figures of each setting in the file `out` at once; begins none after `limit_s`
+    Prints progress as it goes, with `kernels` also each setting's `kernel_table`, and keeps the figures of each setting in the file `out` at once; begins none after `limit_s`
     seconds. A setting that does not fit the device has its sentence under 'error'.
     """
     config, recipe = trimmed(PRESETS[name], layers, experts), precision.get(recipe)
@@ -163,7 +215,7 @@ def run(
     print(f"{params.nbytes(weights) / 1e9:.1f} GB of random weights in {made_s:.1f} s; read {read / 1e12:.2f} TB/s", flush=True)
     about = {
         "model": name, "recipe": recipe.name, "layers": config.num_hidden_layers, "experts": config.n_routed_experts,
-        "device": f"{device.platform} {device.device_kind}", "backend": ops.current(), "read_gbs": read / 1e9,
+        "device": f"{device.platform} {device.device_kind}", "backend": model.backend, "read_gbs": read / 1e9,
         "weight_bytes": params.nbytes(weights),
     }  # fmt: skip
 
@@ -179,11 +231,13 @@ def run(
     steps = []
     for row in kept(settings(), out, None if limit_s is None else limit_s - made_s):
         steps.append({k: v for k, v in row.items() if k not in about})
-        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in steps[-1].items()), flush=True)
+        _print_row(steps[-1], kernels)
     return {**about, "steps": steps}
 
 
 def _time(model: Model, batch: int, context: int, read: float) -> dict:
+    """ms_per_step: from the call to the last token. call_ms_per_step: until the call returns, which is as long where the loop
+    reads its condition back. cpu_ms_per_step: CPU time of all threads of the process meanwhile, waits that spin included."""
     config = model.config
     state = random_state(config, model.recipe, batch, context, room=(LOOPS + 3) * STEPS)
     need = bytes_per_token(config, model.weights, state)
@@ -193,20 +247,20 @@ def _time(model: Model, batch: int, context: int, read: float) -> dict:
     traced = time.perf_counter()
     compiled = lowered.compile()
     ended = time.perf_counter()
-    seconds, host = [], []
+    loops = []
     for _ in range(LOOPS + 1):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         token, state = compiled(model, token, state, STEPS)
-        host.append((time.perf_counter() - start) / STEPS)
+        returned = time.perf_counter()
         jax.block_until_ready(token)
-        seconds.append((time.perf_counter() - start) / STEPS)
-    step = float(np.median(seconds[1:]))
+        loops.append((time.perf_counter() - start, returned - start, time.process_time() - cpu))
+    step, call, cpu = (np.median(loops[1:], axis=0) / STEPS).tolist()
     row = {
         "ms_per_step": 1e3 * step, "roofline_ms": 1e3 * need / read, "roofline_percent": 100 * need / read / step,
-        "host_ms_per_step": 1e3 * float(np.median(host[1:])), "trace_s": traced - began, "compile_s": ended - traced,
+        "call_ms_per_step": 1e3 * call, "cpu_ms_per_step": 1e3 * cpu, "trace_s": traced - began, "compile_s": ended - traced,
         **program_figures(compiled.as_text(), config.num_hidden_layers),
     }  # fmt: skip
     try:
-        return {**row, **launch_figures(lambda: jax.block_until_ready(compiled(model, token, state, STEPS)), STEPS)}
+        return {**row, **profiled(lambda: jax.block_until_ready(compiled(model, token, state, STEPS)), STEPS)}
     except (RuntimeError, OSError) as error:  # a profiler that is missing or busy must not cost the times
         return {**row, "profile_error": str(error).strip().splitlines()[0][:300]}

@@ -171,7 +171,7 @@ def _begin_jit(model: Model, logits, carry, sampler, stop_ids, k, backend):
     if model.mesh is not None:
         replicated = jax.sharding.PartitionSpec()
         ins = (params.specs(ctx, model.weights), BATCH, state_specs(carry), _sampler_specs(sampler), replicated)
-    with on(backend):
+    with on(model, backend):
         return run_sharded(model.mesh, f, ins, BATCH)(model.weights, logits, carry, sampler, stop_ids)
 
 
@@ -184,7 +184,7 @@ def _loop_jit(model: Model, carry, sampler, stop_ids, k, steps, backend):
         replicated = jax.sharding.PartitionSpec()
         ins = (params.specs(ctx, model.weights), state_specs(carry), _sampler_specs(sampler), replicated)
         outs = (state_specs(carry), BATCH, BATCH, replicated)
-    with on(backend):
+    with on(model, backend):
         return run_sharded(model.mesh, f, ins, outs)(model.weights, carry, sampler, stop_ids)
 
 
@@ -261,7 +261,7 @@ def generate(
             "fewer tokens" + (", or raise max_len." if max_len is not None else ".")
         )
     make_sampler(sampler, len(ids))
-    return _generate(model, ids, as_text, max_new_tokens, sampler, draft_tokens, stop_ids, max_len, chunk, ops.current())
+    return _generate(model, ids, as_text, max_new_tokens, sampler, draft_tokens, stop_ids, max_len, chunk, model.backend)
 
 
 def _generate(model, ids, as_text, max_new_tokens, sampler, k, stop_ids, max_len, chunk, backend) -> Iterator[Generated]:
@@ -278,7 +278,7 @@ def _generate(model, ids, as_text, max_new_tokens, sampler, k, stop_ids, max_len
     # -1 stands for "none": no token has that id, and XLA of jax 0.11 crashes on an empty array inside shard_map.
     stops = jnp.asarray([model.config.eos_token_id] if stop_ids is None else list(stop_ids) or [-1], jnp.int32)
 
-    with on(backend):
+    with on(model, backend):
         logits, state = prefill_prompts(model, padded, init_state(model, batch, max_len, mtp=k > 0))
     seen = None
     if checked.penalizes:

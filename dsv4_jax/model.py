@@ -51,6 +51,11 @@ class Model:
         return Context(self.config, self.recipe, self.mesh, self.expert_sharding)
 
     @property
+    def backend(self) -> str:
+        """The backend that a call made now is traced for: the forced one, else this device's; `xla` for fp32 activations."""
+        return ops.current(self.recipe.activation_dtype)
+
+    @property
     def tokenizer(self):
         """The `tokenizers.Tokenizer` beside the weights; ValueError if the model has none."""
         from dsv4_jax.tokenizer import load_tokenizer
@@ -146,9 +151,9 @@ def local_decode_step(ctx: Context, weights: dict, tokens: jax.Array, state: Dec
     return local_prefill(ctx, weights, tokens[:, None], jnp.ones_like(tokens), state)
 
 
-def on(backend: str | None):
+def on(model: Model, backend: str | None = None):
     """Context in which a jitted function traces: its static argument `backend` keeps programs of two backends apart."""
-    return ops.backend(backend or ops.current())
+    return ops.backend(backend or model.backend)
 
 
 # --- public -----------------------------------------------------------------------------------------------------
@@ -210,7 +215,7 @@ def _prefill(model: Model, tokens, lengths, state, backend: str | None = None):
     ctx = model.context
     specs = (params.specs(ctx, model.weights), BATCH, BATCH, state_specs(state)) if model.mesh else None
     run = run_sharded(model.mesh, functools.partial(local_prefill, ctx), specs, specs and (BATCH, specs[3]))
-    with on(backend):
+    with on(model, backend):
         return run(model.weights, tokens.astype(jnp.int32), lengths.astype(jnp.int32), state)
 
 
@@ -239,7 +244,7 @@ def prefill(model: Model, tokens, lengths, state: DecodeState) -> tuple[jax.Arra
                 f"the prompt would reach {int(ends.max())} tokens, but the state holds max_len = {state.max_len}; "
                 "make it with a larger max_len or shorten the prompt."
             )
-    return _prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), state, ops.current())
+    return _prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), state, model.backend)
 
 
 @functools.partial(jax.jit, donate_argnums=(2,), static_argnums=(3,))
@@ -247,7 +252,7 @@ def _decode_step(model: Model, tokens, state, backend: str | None = None):
     ctx = model.context
     specs = (params.specs(ctx, model.weights), BATCH, state_specs(state)) if model.mesh else None
     run = run_sharded(model.mesh, functools.partial(local_decode_step, ctx), specs, specs and (BATCH, specs[2]))
-    with on(backend):
+    with on(model, backend):
         return run(model.weights, tokens.astype(jnp.int32), state)
 
 
@@ -261,7 +266,7 @@ def decode_step(model: Model, tokens, state: DecodeState) -> tuple[jax.Array, De
             f"decode_step takes one token per sequence, int [{state.position.shape[0]}], got shape {np.shape(tokens)}."
         )
     _check_tokens(model.config, tokens)
-    return _decode_step(model, jnp.asarray(tokens), state, ops.current())
+    return _decode_step(model, jnp.asarray(tokens), state, model.backend)
 
 
 def local_forward(ctx: Context, weights: dict, tokens: jax.Array):
@@ -278,7 +283,7 @@ def _forward(model: Model, tokens, backend: str | None = None):
     ctx = model.context
     specs = (params.specs(ctx, model.weights), BATCH) if model.mesh else None
     run = run_sharded(model.mesh, lambda w, t: local_forward(ctx, w, t)[0], specs, BATCH)
-    with on(backend):
+    with on(model, backend):
         return run(model.weights, tokens.astype(jnp.int32))
 
 
@@ -289,7 +294,7 @@ def forward(model: Model, tokens) -> jax.Array:
         raise ValueError(f"forward takes tokens [batch, tokens >= 1], got shape {shape}.")
     _check_batch(model, shape[0])
     _check_tokens(model.config, tokens)
-    return _forward(model, jnp.asarray(tokens), ops.current())
+    return _forward(model, jnp.asarray(tokens), model.backend)
 
 
 def forward_recorded(model: Model, tokens) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -299,12 +304,13 @@ def forward_recorded(model: Model, tokens) -> tuple[jax.Array, dict[str, jax.Arr
 
     record: dict[str, jax.Array] = {}
     ctx = dataclasses.replace(model.context, record=record)
-    logits, streams = local_forward(ctx, model.weights, tokens)
-    record["hidden"] = streams
-    if model.config.num_nextn_predict_layers and tokens.shape[1] > 1:
-        batch, pairs = tokens.shape[0], tokens.shape[1] - 1
-        cache = caches.init_layer(model.config, model.recipe, 0, batch, pairs)
-        chunk = Chunk.make(jnp.zeros((batch,), jnp.int32), jnp.full((batch,), pairs, jnp.int32), pairs)
-        out, _, _ = mtp(ctx, model.weights, cache, streams[:, :-1], tokens[:, 1:], chunk)
-        record["mtp_logits"] = mtp_logits(ctx, model.weights, out)
+    with on(model):
+        logits, streams = local_forward(ctx, model.weights, tokens)
+        record["hidden"] = streams
+        if model.config.num_nextn_predict_layers and tokens.shape[1] > 1:
+            batch, pairs = tokens.shape[0], tokens.shape[1] - 1
+            cache = caches.init_layer(model.config, model.recipe, 0, batch, pairs)
+            chunk = Chunk.make(jnp.zeros((batch,), jnp.int32), jnp.full((batch,), pairs, jnp.int32), pairs)
+            out, _, _ = mtp(ctx, model.weights, cache, streams[:, :-1], tokens[:, 1:], chunk)
+            record["mtp_logits"] = mtp_logits(ctx, model.weights, out)
     return logits, record

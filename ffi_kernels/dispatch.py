@@ -2,8 +2,9 @@
 
 Backends: `xla` (reference.py and the fused references: plain jnp, anywhere), `sm_90a` and `sm_100a` (native kernels on
 that device), `sim` (their PTX, interpreted on the CPU). A backend is resolved once per trace: forced by `backend(...)`
-or the variable DSV4_BACKEND, else the native one of the default device, else `xla`. An op that a backend lacks is an
-error that names both: nothing falls back silently; a GPU whose kernels were not built is told so once.
+or the variable DSV4_BACKEND, else the native one of the default device, else `xla`. A model says in which dtype its
+activations are: where no native kernels exist for them (all but bf16), `xla` is what it runs on unless forced. An op that
+a backend lacks is an error that names both: nothing falls back silently; a GPU whose kernels were not built is told so once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import contextvars
 import os
 import warnings
 from typing import Callable
+
+import jax.numpy as jnp
 
 from ffi_kernels import (
     fused_reference_attention, fused_reference_entries, fused_reference_linear, fused_reference_norm, fused_reference_router,
@@ -27,6 +30,7 @@ _OPS: dict[str, dict[str, Callable]] = {
     "xla": {n: f for m in REFERENCES for n, f in vars(m).items() if getattr(f, "__module__", "") == m.__name__},
     **{name: {} for name in library.NATIVE},
 }
+NATIVE_ACTIVATIONS = ("bfloat16",)  # of a model whose every op the native kernels serve
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("dsv4_backend", default=None)
 
 
@@ -68,11 +72,16 @@ def _of_device() -> str:
     return name
 
 
-def current() -> str:
-    """The backend that an op traced now would use. ValueError for an unknown one, NotImplementedError for one not built."""
+def current(activations=None) -> str:
+    """The backend that an op traced now would use. ValueError for an unknown one, NotImplementedError for one not built.
+
+    activations: the dtype of a model's, to ask for the backend of all its ops together: 'xla' where native kernels serve
+    only some of them, unless a backend is forced (whose ops then refuse what they do not serve).
+    """
     name = _forced_name()
     if not name:
-        return _of_device()
+        served = activations is None or str(jnp.dtype(activations)) in NATIVE_ACTIVATIONS
+        return _of_device() if served else "xla"
     if name not in _OPS:
         raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(_OPS)}.")
     if name in library.NATIVE and (missing := library.why_not(name)) is not None:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import jax
 import numpy as np
@@ -139,12 +140,64 @@ def test_bench_of_random_weights_keeps_each_setting_at_once(capsys, monkeypatch,
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
     assert code == 0 and [(row["batch"], row["context"]) for row in rows] == [(1, 32), (1, 64), (2, 32), (2, 64)]
     assert rows[0]["ms_per_step"] > 0 and rows[0]["compile_s"] > 0 and rows[0]["native_launches"] == 0
+    assert rows[0]["cpu_ms_per_step"] > 0 and 0 < rows[0]["call_ms_per_step"] <= rows[0]["ms_per_step"]
+    assert "kernels" not in rows[0] or jax.default_backend() != "cpu", "a CPU has no device events to make figures of"
     assert rows[1]["error"] == "RESOURCE_EXHAUSTED: out of memory" and rows[2]["ms_per_step"] == 7
     figures = json.loads(out.splitlines()[-1])
     assert figures["layers"] == 1 and len(figures["steps"]) == 4 and figures["steps"][1]["error"] == rows[1]["error"]
     monkeypatch.setattr(bench_step, "_time", lambda *args: {"ms_per_step": 7.0})
     code, out, _ = run(capsys, *command, "--seconds", "1e-6")
     assert code == 0 and "stopped here" in out and len(kept.read_text().splitlines()) == 5
+
+
+def profile(planes: dict):
+    """Stands for jax.profiler.ProfileData: {plane: {line: [(event, start_ns, duration_ns)]}}."""
+
+    def named(name, **fields):
+        return types.SimpleNamespace(name=name, **fields)
+
+    def line(name, events):
+        return named(name, events=[named(event, start_ns=start, duration_ns=ns) for event, start, ns in events])
+
+    return types.SimpleNamespace(planes=[named(p, lines=[line(*item) for item in lines.items()]) for p, lines in planes.items()])
+
+
+def test_figures_of_a_profile():
+    """Two steps: what the device lines hold by kernel, the driver calls of the host, and nothing twice."""
+    from dsv4_jax.bench_step import profile_figures
+
+    device = {
+        "Stream #15(Kernel)": [("linear", 0, 3000), ("post", 4000, 1000), ("linear", 10000, 5000)],
+        "Stream #16(Memcpy)": [("MemcpyD2H", 16000, 2000)],
+        "XLA Ops": [("while", 0, 99000)],
+    }
+    host = {"python": [("cuGraphLaunch", 0, 4000), ("cuGraphLaunch", 5000, 6000), ("cuStreamSynchronize", 6000, 90000), ("main", 0, 5)]}
+    figures = profile_figures([profile({"/device:GPU:0": device, "/host:CPU": host})], 2)
+    table = figures.pop("kernels")
+    assert figures == {
+        "graph_launches_per_step": 1.0, "kernel_launches_per_step": 0.0, "driver_ms_per_step": 0.005,
+        "kernel_ms_per_step": 0.0055, "span_ms_per_step": 0.009,
+    }  # fmt: skip
+    assert [row["name"] for row in table] == ["linear", "MemcpyD2H", "post"] and sum(row["percent"] for row in table) == pytest.approx(100)
+    assert table[0] == {"name": "linear", "launches_per_step": 1.0, "median_us": 4.0, "us_per_step": 4.0, "percent": pytest.approx(800 / 11)}
+    assert profile_figures([profile({"/host:CPU": {"python": [("main", 0, 5)]}})], 2) == profile_figures([], 2) == {}
+
+
+def test_kernels_of_a_step_are_printed_on_request(capsys, monkeypatch):
+    from dsv4_jax import bench_step
+
+    monkeypatch.setitem(bench_step.PRESETS, "flash", dsv4.TINY)
+    monkeypatch.setattr(bench_step, "roofline", lambda: (1e9, 1e9))
+    monkeypatch.setattr(bench_step, "random_weights", lambda *_: {})
+    table = [{"name": "linear_fp8_1", "launches_per_step": 4.0, "median_us": 12.5, "us_per_step": 50.0, "percent": 100.0}]
+    monkeypatch.setattr(bench_step, "_time", lambda *_: {"ms_per_step": 7.0, "kernels": table})
+    command = ["bench", "decode", "--model", "flash", "--layers", "1", "--context", "32"]
+    code, out, _ = run(capsys, *command, "--kernels")
+    line = next(line.split() for line in out.splitlines() if "linear_fp8_1" in line)
+    assert code == 0 and line == ["linear_fp8_1", "4.00", "12.50", "50.0", "100.0"]
+    code, out, _ = run(capsys, *command)
+    *shown, last = out.splitlines()
+    assert code == 0 and "linear_fp8_1" not in "".join(shown) and json.loads(last)["steps"][0]["kernels"] == table
 
 
 def test_selftest_and_kernel_benchmarks_need_native_kernels(capsys, monkeypatch):

@@ -12,6 +12,7 @@ from scipy import stats
 import dsv4_jax as dsv4
 from dsv4_jax.generate import generate
 from dsv4_jax.sampling import Greedy, Sample, filtered, make_sampler, verify
+from ffi_kernels import library
 from models import PAIR, SMALL, small_model, tokens
 
 PROMPTS = [tokens(n, seed=n)[0].tolist() for n in (1, 5, 130, 40)]
@@ -47,6 +48,17 @@ def test_speculation_does_not_change_greedy_tokens(drafts):
     """200 tokens from prompts of several alignments: drafts are rejected inside and across blocks of 4 and 128. Two: the tests below."""
     model = small_model("fp32")
     assert collect(model, count=200, stop_ids=(), draft_tokens=drafts) == collect(model, count=200, stop_ids=())
+
+
+def test_fp32_runs_on_xla_where_a_native_backend_is_the_default(monkeypatch):
+    """As on an H200: the native kernels serve bf16 only, and asking for an exact recipe there must still give tokens."""
+    model = small_model("fp32")
+    want = collect(model, PROMPTS[:1], 6, stop_ids=(), draft_tokens=1)
+    monkeypatch.setattr(library, "of_device", lambda: "sm_90a")
+    monkeypatch.setattr(library, "why_not", lambda name: None)
+    monkeypatch.delenv("DSV4_BACKEND", raising=False)
+    assert (model.backend, small_model("bf16").backend) == ("xla", "sm_90a")
+    assert collect(model, PROMPTS[:1], 6, stop_ids=(), draft_tokens=1) == want
 
 
 def test_a_perfect_draft_is_accepted(monkeypatch):

@@ -68,7 +68,14 @@ def step_logits(model, backend, ids, tokens):
 
 
 def test_the_best_token_is_that_of_xla(backend):
-    """Fed the same tokens, both backends want the same next one, except where xla itself can hardly tell."""
+    """Fed the same tokens, both backends want the same next one, except where xla itself can hardly tell, and are equally exact.
+
+    Exact are the logits of the fp32 recipe. Over these 600 tokens xla in bf16 is 0.99 % off them on a CPU (0.85 % where it
+    takes all tokens in one call: another order of sums), and those two differ by 0.89 %; most of it are a few tokens for which
+    the router picks another expert. Two backends that round independently differ by up to 1.4 times their distance from the
+    exact logits. The median over tokens does not see such tokens: 0.39 % for the kernels in the interpreter (60 tokens), 0.38 %
+    for xla.
+    """
     model = dsv4.load("tiny", recipe="bf16")
     ids = prompt_ids(model)
     tokens = generated(model, "xla", 6 if backend == "sim" else 600, [ids])[0]
@@ -77,7 +84,10 @@ def test_the_best_token_is_that_of_xla(backend):
     clear = best[:, -1] - best[:, -2] > NOISE
     np.testing.assert_array_equal(ours.argmax(-1)[clear], theirs.argmax(-1)[clear])
     assert clear.mean() > 0.5
-    assert np.linalg.norm(ours - theirs) < 0.01 * np.linalg.norm(theirs)
+    exact = step_logits(dsv4.load("tiny", recipe="fp32"), "xla", ids, tokens[:-1])
+    our_error, their_error = (np.linalg.norm(x - exact, axis=-1) / np.linalg.norm(exact, axis=-1) for x in (ours, theirs))
+    assert np.median(our_error) < 1.25 * np.median(their_error)
+    assert np.linalg.norm(ours - theirs) < 2 * np.linalg.norm(theirs - exact)
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "official", "nvfp4"])

@@ -56,6 +56,17 @@ def test_the_variable_chooses_and_the_context_wins(monkeypatch):
         ops.hadamard(jnp.zeros(4))
 
 
+def test_models_that_native_kernels_do_not_serve_run_on_xla(monkeypatch):
+    monkeypatch.setattr(library, "of_device", lambda: "sm_90a")
+    monkeypatch.setattr(library, "why_not", lambda name: None)
+    assert ops.current() == ops.current("bfloat16") == ops.current(jnp.bfloat16) == "sm_90a"
+    assert ops.current(jnp.float32) == "xla"
+    with ops.backend("sm_90a"):
+        assert ops.current(jnp.float32) == "sm_90a", "a forced backend stays"
+    monkeypatch.setenv("DSV4_BACKEND", "sm_100a")
+    assert ops.current(jnp.float32) == "sm_100a"
+
+
 def test_the_arch_is_the_forced_one_or_the_devices(monkeypatch):
     """Built or not: lowering for an architecture needs no kernels of this project."""
     monkeypatch.setattr(library, "of_device", lambda: "sm_90a")

@@ -2,7 +2,7 @@
 //
 // A cluster of up to 16 CTAs serves one to four rows. CTA c owns kBlocks blocks of 128 channels of all four streams: the
 // columns of `fn` for them, their slice of the sublayer input, its norm and its codes. `fn` is read once per cluster,
-// through registers, with about 100 KB of each CTA's loads in flight: what bounds this op is that a cluster lives in one
+// through registers, with about 100 KB of each CTA's loads in flight, asked for before anything that another launch makes: what bounds this op is that a cluster lives in one
 // GPC, which was measured to read about 1.3 TB/s from the L2 of an H200. Three sums cross the cluster (the mix, the mean square
 // of the input, for NVFP4 its largest magnitude); each CTA sends its part to every other with st.async, which also counts
 // it on the receiver's mbarrier, and all add what they received in the order of ranks. Sinkhorn runs in one lane of one
@@ -10,6 +10,7 @@
 // it belongs to: one row per cluster (up to four rows in all) has kernels of its own, which give the same bits.
 #include "dependent.cuh"
 #include "exchange.cuh"
+#include "mma.cuh"
 #include "sinkhorn.cuh"
 
 using namespace dsv4;
@@ -79,6 +80,14 @@ DSV4_D void after_sublayer(float4 (&x)[kStreams], float4 f, const Mixing& mixing
   for (int k = 0; k < kStreams; ++k) x[k] = sum[k];
 }
 
+// Numbers that no launch writes, asked for where this stands and not where they are used.
+DSV4_D float4 constant4(const float* from) {
+  float4 x;
+  asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(from));
+  return x;
+}
+DSV4_D void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 // Four values per lane, summed over the warp: lane 8 i holds the sum of the i-th, in two thirds fewer shuffles.
 DSV4_D float transposed_sum(const float (&x)[4]) {
   const bool upper = lane_id() & 16, odd = lane_id() & 8;
@@ -93,21 +102,14 @@ template <int kGroups, int kBlocks, int kRows>
 struct Shared {
   static constexpr int kQuads = kGroups + 1;  // the mix of 4 kGroups rows, the sum of squares, padding
   uint2 tile[kRows][kStreams][kBlocks * 32];  // bf16, four channels each
-  uint2 sublayer[kRows][kBlocks * 32];
-  Mixing mixing[kRows];
+  Mixing mixing[kRows][kBlocks];            // a copy for every warp that needs one
   float4 part[kRows][kStreams][kQuads];     // of this CTA, per stream
   float4 mix[kRows][kMaxCluster][kQuads];   // received
   float squares[kRows][kMaxCluster * kBlocks];     // of the sublayer input per block, received
   uint32_t largest[kRows][kMaxCluster * kBlocks];  // magnitude per block, received
-  float logits[kRows][16];
+  alignas(16) float shares[kRows][16];  // what Sinkhorn begins with
   uint64_t barrier[3];
 };
-
-template <int bytes>
-DSV4_D void copy_async(void* to, const void* from, bool there) {  // zeros if not
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(bytes), "r"(there ? bytes : 0)
-               : "memory");
-}
 
 template <int kGroups, int kBlocks, int kRows>
 __device__ void hyper(const HyperParams& p) {
@@ -129,30 +131,17 @@ __device__ void hyper(const HyperParams& p) {
     const bool there = group < kGroups && first_channel + block * 128 + 4 * lane < d;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      weights[block % kAhead][i] =
-          there ? __ldg(reinterpret_cast<const float4*>(fn + i * kStreams * d + block * 128)) : float4{};
+      weights[block % kAhead][i] = there ? constant4(fn + i * kStreams * d + block * 128) : float4{};
   };
 #pragma unroll
   for (int block = 0; block < kAhead; ++block) fetch(block);
 
-  // The slice of the streams, into shared memory: one thread takes four channels of all streams of a row.
-  const int tile_row = thread / (kBlocks * 32), tile_at = thread % (kBlocks * 32);
-  const int tile_channel = first_channel + 4 * tile_at;
-  const int64_t row = first_row + tile_row;
-  const bool stages = tile_row < rows, inside = tile_channel < d;
-  if (stages) {
-    const int channel = inside ? tile_channel : 0;
-#pragma unroll
-    for (int m = 0; m < kStreams; ++m)
-      copy_async<8>(&shared.tile[tile_row][m][tile_at], p.streams + (row * kStreams + m) * d + channel, inside);
-    if (kGroups > 1 && p.sublayer) {
-      copy_async<8>(&shared.sublayer[tile_row][tile_at], p.sublayer + row * d + channel, inside);
-      float4* mixing = &shared.mixing[tile_row].post;
-      if (tile_at == 0) copy_async<16>(mixing, p.last_post + row * kStreams, true);
-      if (tile_at < kStreams) copy_async<16>(mixing + 1 + tile_at, p.last_comb + (row * kStreams + tile_at) * kStreams, true);
-    }
-  }
-  asm volatile("cp.async.commit_group;" ::: "memory");
+  // Of the streams and of the sublayer input one warp takes a block of 128 channels of one row, four per lane.
+  const int block_row = warp / kBlocks, own_block = warp % kBlocks;
+  const int own_channel = first_channel + 128 * own_block + 4 * lane;
+  const bool mine = own_channel < d;
+  if (block_row == 0 && mine) prefetch(p.norm_weight + own_channel);  // there are no registers for more yet
+  if (warp == kSinkhornWarp) prefetch(lane ? p.base : p.scale);
 
   if (thread == 0) {
     barrier_init(&shared.barrier[0], rows * cluster * kQuads * 16);
@@ -161,25 +150,40 @@ __device__ void hyper(const HyperParams& p) {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_arrive_relaxed();  // all that it must order is the fence above
-  cluster_wait();            // from here on every CTA may send to every other
-  asm volatile("cp.async.wait_group 0;" ::: "memory");
-  __syncthreads();
 
-  if (kGroups > 1 && p.sublayer) {
-    if (stages && inside) {
+  // The slice of the streams, into shared memory: the warp takes its four channels of all of them.
+  if (block_row < rows) {
+    const int row = first_row + block_row, at = row * kStreams * d + own_channel;
+    const bool mixes = kGroups > 1 && p.sublayer;
+    Mixing& mixing = shared.mixing[block_row][own_block];  // twenty numbers for which there are no registers
+    if (mixes && lane <= kStreams) {
+      const float* from = lane == 0 ? p.last_post + row * kStreams : p.last_comb + (row * kStreams + lane - 1) * kStreams;
+      copy_async_16(shared_address(&mixing.post + lane), from, true);
+    }
+    uint2 packed[kStreams] = {}, f = {};
+    if (mine) {
+#pragma unroll
+      for (int m = 0; m < kStreams; ++m) packed[m] = *reinterpret_cast<const uint2*>(p.streams + at + m * d);
+      if (mixes) f = *reinterpret_cast<const uint2*>(p.sublayer + row * d + own_channel);
+    }
+    if (mixes) {
+      copy_async_commit();
+      copy_async_wait<0>();
+      __syncwarp();
       float4 x[kStreams];
 #pragma unroll
-      for (int m = 0; m < kStreams; ++m) x[m] = unpack4(shared.tile[tile_row][m][tile_at]);
-      after_sublayer(x, unpack4(shared.sublayer[tile_row][tile_at]), shared.mixing[tile_row]);
+      for (int m = 0; m < kStreams; ++m) x[m] = unpack4(packed[m]);
+      after_sublayer(x, unpack4(f), mixing);
 #pragma unroll
       for (int m = 0; m < kStreams; ++m) {
-        const uint2 packed = pack4(x[m]);
-        shared.tile[tile_row][m][tile_at] = packed;
-        *reinterpret_cast<uint2*>(p.new_streams + (row * kStreams + m) * d + tile_channel) = packed;
+        packed[m] = pack4(x[m]);
+        if (mine) *reinterpret_cast<uint2*>(p.new_streams + at + m * d) = packed[m];
       }
     }
-    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < kStreams; ++m) shared.tile[block_row][m][own_block * 32 + lane] = packed[m];
   }
+  __syncthreads();
 
   float sums[kRows][4] = {}, squares[kRows] = {};
 #pragma unroll
@@ -209,15 +213,19 @@ __device__ void hyper(const HyperParams& p) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r >= rows) break;
-      const float total = transposed_sum(sums[r]);
-      float* part = reinterpret_cast<float*>(shared.part[r][stream]);
-      if (lane % 8 == 0) part[4 * group + lane / 8] = total;
-      if (group == 0) {
+      float* part_sums = reinterpret_cast<float*>(shared.part[r][stream]);
+      float total;
+      if (group == 0) {  // both at once: each waits for its shuffles
+        total = transposed_sum(sums[r]);
         const float square = warp_sum(squares[r]);
-        if (lane < 4) part[kMixes + lane] = lane ? 0.0f : square;
+        if (lane < 4) part_sums[kMixes + lane] = lane ? 0.0f : square;
+      } else {
+        total = transposed_sum(sums[r]);
       }
+      if (lane % 8 == 0) part_sums[4 * group + lane / 8] = total;
     }
   }
+  cluster_wait();  // from here on every CTA may send to every other
   __syncthreads();
 
   {
@@ -254,13 +262,14 @@ __device__ void hyper(const HyperParams& p) {
       for (int r = rank; r < rows; r += cluster) {
         const float value = fmaf(mix_of(r), scale, base);
         if (part == 1) p.post[(first_row + r) * kStreams + lane - 4] = 2.0f * quick_sigmoid(value);
-        if (part == 2 && lane < kMixes) shared.logits[r][lane - 8] = value;
+        const float share = softmax_of_four(value, p.eps);  // of the last 16 values of the mix
+        if (part == 2 && lane < kMixes) shared.shares[r][lane - 8] = share;
       }
       __syncwarp();
       if (lane < rows && lane % cluster == rank) {
         float c[16];
 #pragma unroll
-        for (int i = 0; i < 16; ++i) c[i] = shared.logits[lane][i];
+        for (int i = 0; i < 16; ++i) c[i] = shared.shares[lane][i];
         sinkhorn(c, p.iterations, p.eps);
         float4* out = reinterpret_cast<float4*>(p.comb + (first_row + lane) * 16);
 #pragma unroll
@@ -272,13 +281,11 @@ __device__ void hyper(const HyperParams& p) {
     return;
   }
 
-  // The sublayer input: one warp takes one block of 128 channels of one row.
-  if (warp < rows * kBlocks) {
-    const int r = warp / kBlocks, block = warp % kBlocks, slot = rank * kBlocks + block;
-    const int channel = first_channel + 128 * block + 4 * lane;
+  // The sublayer input.
+  if (block_row < rows) {
+    const int r = block_row, block = own_block, channel = own_channel, slot = rank * kBlocks + block;
     const int out_row = first_row + r;
-    const float base = lane < kStreams ? p.base[lane] : 0.0f, scale = p.scale[0];
-    const bool mine = channel < d;
+    const float base = lane < kStreams ? __ldg(p.base + lane) : 0.0f, scale = __ldg(p.scale);
     const float4 weight = mine ? unpack4(__ldg(reinterpret_cast<const uint2*>(p.norm_weight + channel))) : float4{};
     barrier_wait(&shared.barrier[0]);
     const float pre = quick_sigmoid(fmaf(mix_of(r), scale, base)) + p.eps;

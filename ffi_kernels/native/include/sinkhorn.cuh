@@ -13,63 +13,50 @@ DSV4_D float reciprocal(float x) {  // 1 ulp; the bounds of mixes and of Sinkhor
 
 DSV4_D float quick_sigmoid(float x) { return reciprocal(1.0f + expf(-x)); }
 
-// Reciprocals of four positive numbers, none below 1e-9, from one: four would wait for each other.
-struct Reciprocals {
-  float low, high, all;
-  DSV4_D explicit Reciprocals(const float (&s)[4]) {
-    low = __fmul_rn(s[0], s[1]), high = __fmul_rn(s[2], s[3]);
-    all = reciprocal(__fmul_rn(low, high));
-  }
-  DSV4_D void get(const float (&s)[4], float (&out)[4]) const {
-    const float of_low = __fmul_rn(all, high), of_high = __fmul_rn(all, low);
-    out[0] = __fmul_rn(of_low, s[1]), out[1] = __fmul_rn(of_low, s[0]);
-    out[2] = __fmul_rn(of_high, s[3]), out[3] = __fmul_rn(of_high, s[2]);
-  }
-};
-
-// The sums of four groups of four numbers, each number times its factor, plus eps. One rounding per step, written out,
-// so that every kernel gives the same bits.
+// sums[i], the sums of four groups of four numbers as earlier factors have left them, brought up to date: a number counts with
+// its factor, the reciprocal of its `other` sum, then eps is added. Kept are sums over factors, so that dividing a group by its
+// sum is `sums[i]` <- (what the numbers give now) + eps * sums[i]. One reciprocal serves all four factors (it needs the product
+// of the sums, none below 1e-9, and not all of them are small) and is under way while the products that it scales are made.
 template <int across, int along>  // distance of the groups, and of the numbers of one
-DSV4_D void scaled_sums(const float (&c)[16], const float (&factor)[4], float eps, float (&sum)[4]) {
+DSV4_D void renew(const float (&c)[16], const float (&other)[4], float eps, float (&sums)[4]) {
+  const float low = other[0] * other[1], high = other[2] * other[3];
+  const float both = reciprocal(low * high);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float* of = c + i * across;
-    const float low = fmaf(of[along], factor[1], __fmul_rn(of[0], factor[0]));
-    sum[i] = __fadd_rn(low, fmaf(of[3 * along], factor[3], fmaf(of[2 * along], factor[2], eps)));
+    const float first = fmaf(of[0], other[1], of[along] * other[0]);
+    const float second = fmaf(of[2 * along], other[3], of[3 * along] * other[2]);
+    sums[i] = fmaf(both, fmaf(first, high, second * low), eps * sums[i]);
   }
 }
 
-// c[4 j + k], softmax over k. In one lane, because the 2 * iterations dependent sums would cross lanes otherwise. A sum
-// does not wait for the numbers that the normalisation before it makes: it takes the old ones and their factors; the new
-// numbers are made while a reciprocal is under way.
+// c[4 j + k], the softmax over k plus eps, becomes doubly stochastic. In one lane, because the 2 * iterations dependent sums would
+// cross lanes otherwise. The numbers stay as they are until the end: only the factors of their rows and columns change.
 DSV4_D void sinkhorn(float (&c)[16], int iterations, float eps) {
-  float sum[4], row_factor[4], column_factor[4];
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    float* row = c + 4 * j;
-    const float top = fmaxf(fmaxf(row[0], row[1]), fmaxf(row[2], row[3]));  // a nan comes back with the exponentials
-#pragma unroll
-    for (int k = 0; k < 4; ++k) row[k] = expf(row[k] - top);
-    const float share = reciprocal((row[0] + row[1]) + (row[2] + row[3]));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) row[k] = fmaf(row[k], share, eps);
-    row_factor[j] = 1.0f;
-  }
-  scaled_sums<1, 4>(c, row_factor, eps, sum);
+  float rows[4] = {1.0f, 1.0f, 1.0f, 1.0f}, columns[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+  renew<1, 4>(c, rows, eps, columns);
 #pragma unroll 1
-  for (int i = 1;; ++i) {
-    const Reciprocals columns(sum);
-#pragma unroll
-    for (int k = 0; k < 16; ++k) c[k] = __fmul_rn(c[k], row_factor[k / 4]);
-    columns.get(sum, column_factor);
-    scaled_sums<4, 1>(c, column_factor, eps, sum);
-    const Reciprocals rows(sum);
-#pragma unroll
-    for (int k = 0; k < 16; ++k) c[k] = __fmul_rn(c[k], column_factor[k % 4]);
-    if (i == iterations) return;
-    rows.get(sum, row_factor);
-    scaled_sums<1, 4>(c, row_factor, eps, sum);
+  for (int i = 1; i < iterations; ++i) {
+    renew<4, 1>(c, columns, eps, rows);
+    renew<1, 4>(c, rows, eps, columns);
   }
+  float row_factor[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) row_factor[j] = reciprocal(rows[j]);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const float column_factor = reciprocal(columns[k]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) c[4 * j + k] = c[4 * j + k] * row_factor[j] * column_factor;
+  }
+}
+
+// A number of the softmax over four consecutive lanes, plus eps; the whole warp takes part.
+DSV4_D float softmax_of_four(float x, float eps) {
+  float top = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));  // a nan comes back with the exponentials
+  top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
+  const float exponential = expf(x - top);
+  return fmaf(exponential, reciprocal(warp_sum<4>(exponential)), eps);
 }
 
 }  // namespace dsv4
