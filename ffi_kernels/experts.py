@@ -98,13 +98,14 @@ def _each(kinds: list[_Kind], value) -> list[int]:
     return [value(kinds[0]), value(kinds[1]) if len(kinds) > 1 else 0]
 
 
-def _splits(kinds: list[_Kind], jobs) -> list[int]:
-    """log2 of the warps that share 16 rows of a matrix, of both kinds: so many that the busiest warp of a CTA has the fewest units
-    of K. jobs(kind, groups): tiles of a CTA."""
+def _splits(kinds: list[_Kind], matrices: int, jobs) -> list[int]:
+    """log2 of the warps that share 16 rows of `matrices` matrices, of both kinds: so many that the busiest warp of a CTA is done
+    soonest, if meeting the others once costs as much as 1.5 units of K. jobs(kind, groups): tiles of a CTA."""
 
     def split(kind: _Kind, groups: int) -> int:
         units = -(-tile.row_bytes(kind.format, kind.k) // tile.UNIT_BYTES)
-        return min(range(5), key=lambda log2: -(-jobs(kind, groups) // (tile.WARPS >> log2)) * -(-units // (1 << log2)))
+        rounds = [-(-jobs(kind, groups) // (tile.WARPS >> log2)) for log2 in range(5)]
+        return min(range(5), key=lambda log2: rounds[log2] * (matrices * -(-units // (1 << log2)) + 1.5))
 
     return [split(kind, groups) for kind, groups in zip(kinds, TYPICAL_GROUPS)] + [0] * (2 - len(kinds))
 
@@ -130,8 +131,12 @@ def _refuse(columns: str, shared: int):
     )
 
 
-def _up(x, kinds: list[_Kind], ids, weights, experts_: int, limit: float) -> list[jax.Array]:
-    """h bf16 [R, X, F], and [R, F'] of the shared expert."""
+def _matrix_bytes(array) -> int:
+    return array.size // (array.shape[0] if array.ndim == 3 else 1) * array.dtype.itemsize
+
+
+def _up(x, kinds: list[_Kind], downs: list[_Kind], ids, weights, experts_: int, limit: float) -> list[jax.Array]:
+    """h bf16 [R, X, F], and [R, F'] of the shared expert. downs: what `_down` will read, which this launch brings to L2."""
     rows, hidden = x.shape
     groups = (GROUPS_BYTES + 4 * tile.COLUMNS + 15) // 16 * 16
     for most in (8, 4, 2, 1):  # as many tokens of an expert at once as fit
@@ -141,17 +146,19 @@ def _up(x, kinds: list[_Kind], ids, weights, experts_: int, limit: float) -> lis
             break
     else:
         _refuse(f"inputs of D = {hidden}", shared)
+    down = [[kind.part(name)[0] for kind in downs] + [None] * (2 - len(downs)) for name in ("data", "scale")]
     h = [jax.ShapeDtypeStruct((rows, ids.shape[1], kinds[0].n), jnp.bfloat16)]
     h.append(jax.ShapeDtypeStruct((rows, kinds[1].n), jnp.bfloat16) if len(kinds) > 1 else None)
     return launch(
         "experts", "experts", f"experts_up_{_name(kinds)}",
         grid=(tile.CTAS[current()], 1, 1), block=32 * tile.WARPS, shared_bytes=shared,
-        inputs=[x, ids, weights, *_arrays(kinds, 2)], outputs=h,
+        inputs=[x, ids, weights, *_arrays(kinds, 2), *down[0], *down[1]], weights=[*range(5, 7), *range(9, 11)], outputs=h,
         scalars=[
             rows, ids.shape[1], experts_, hidden, columns,
             *_each(kinds, lambda k: k.format), *_each(kinds, lambda k: k.n),
-            *_splits(kinds, lambda k, groups: -(-k.tiles * groups // TYPICAL_CTAS)),
+            *_splits(kinds, 2, lambda k, groups: -(-k.tiles * groups // TYPICAL_CTAS)),
             *_each(kinds, lambda k: k.tiles),
+            *(0 if array is None else _matrix_bytes(array) for part in down for array in part),
             float(limit),
         ],
     )  # fmt: skip
@@ -182,7 +189,7 @@ def _down(h: list, kinds: list[_Kind], ids, weights, experts_: int, dtype) -> ja
         scalars=[
             rows, slots, experts_, hidden, columns,
             *_each(kinds, lambda k: k.format), *_each(kinds, lambda k: k.k),
-            *_splits(kinds, lambda k, groups: -(-k.tiles // TYPICAL_CTAS) * groups), batch, of_cta, space, int(dtype == jnp.bfloat16),
+            *_splits(kinds, 1, lambda k, groups: -(-k.tiles // TYPICAL_CTAS) * groups), batch, of_cta, space, int(dtype == jnp.bfloat16),
         ],
     )[0]  # fmt: skip
 
@@ -203,5 +210,5 @@ def _experts(x, routed, shared, ids, weights, limit, dtype, row_max):
     ids, weights = ids.astype(jnp.int32), weights.astype(jnp.float32)
     parts = [routed] if shared is None else [routed, shared]
     up, down = ([_kind(x, tuple(part[name] for name in names)) for part in parts] for names in (("w1", "w3"), ("w2",)))
-    h = _up(x, up, ids, weights, routed["w1"].shape[0], limit)
+    h = _up(x, up, down, ids, weights, routed["w1"].shape[0], limit)
     return _down(h, down, ids, weights, routed["w1"].shape[0], dtype)

@@ -16,12 +16,15 @@ struct ExpertsUpParams {
   const uint8_t* w[2][2];      // [kind][gate, up]: [E or 1, F, D] in its format; null without a shared expert
   const uint8_t* scale[2][2];  // or null
   const float* global[2][2];   // fp32 [E or 1], or null
+  const uint8_t* down[2];      // what experts_down reads of the picked experts and the shared one, or null: [E or 1, D, F] in its format
+  const uint8_t* down_scale[2];
   uint16_t* h[2];              // bf16 [R, X, F] and [R, F of the shared expert]
   int rows, slots, experts, hidden;  // R, X, E, D
   int columns;                 // tokens of a group, at most 8
   int kind[2], width[2];       // of the weights (Kind of tile.cuh); F
   int split_log2[2];           // of the warps of a team
   int tiles[2];                // of a matrix
+  int down_bytes[2], down_scale_bytes[2];  // of a matrix
   float limit;
 };
 
@@ -56,6 +59,16 @@ struct UpWalk {
   DSV4_D int first_tile() const { return (kind ? group : group - shared) * p.tiles[kind]; }
 
   DSV4_D Team team() const { return {p.split_log2[kind]}; }
+
+  // A share of the matrices that experts_down reads of the first groups, as much as L2 holds beside other things.
+  DSV4_D void all_asked() const {
+    constexpr uint32_t kMost = 36u << 20;
+    const int of = lane_id() / 2, is_shared = of < shared;
+    const uint8_t* const from = lane_id() & 1 ? p.down_scale[is_shared] : p.down[is_shared];
+    if (of >= groups.all || from == nullptr || (of + 1) * uint64_t(p.down_bytes[is_shared]) > kMost) return;
+    const int bytes = lane_id() & 1 ? p.down_scale_bytes[is_shared] : p.down_bytes[is_shared];
+    fetch_share(from + size_t(is_shared ? 0 : groups.matrix[of]) * bytes, bytes, blockIdx.x * kTileWarps + warp_id(), gridDim.x * kTileWarps);
+  }
 
   // Whether there is another group with tiles for this CTA; its first tile comes with the next call of next_of_group.
   DSV4_D bool next_group() {
@@ -244,6 +257,8 @@ struct DownWalk {
     kind = 2;
     return batch * p.batch < groups.all;
   }
+
+  DSV4_D void all_asked() const {}
 
   DSV4_D bool next_of_part() {
     job += teams;

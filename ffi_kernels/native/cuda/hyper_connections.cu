@@ -26,6 +26,7 @@ constexpr int kMaxCluster = 16;
 enum Quantize : int32_t { kNone = 0, kFp8 = 1, kNvfp4 = 2 };
 
 struct HyperParams {
+  const uint8_t* ahead[kAheadBuffers];  // see dependent.cuh
   const uint16_t* streams;      // bf16 [R, 4, D]
   const uint16_t* sublayer;     // bf16 [R, D], the output of the sublayer before; null: take `streams` as they are
   const float* last_post;       // fp32 [R, 4], with `sublayer`
@@ -41,6 +42,7 @@ struct HyperParams {
   uint8_t* codes;               // FP8: e4m3 [R, D]; NVFP4: e2m1 [R, D/2]
   uint8_t* code_scale;          // FP8: e8m0 [R, ceil(D/128)]; NVFP4: e4m3 [R, D/16]
   float* global_scale;          // NVFP4: fp32 [R, 1]
+  int32_t ahead_bytes[kAheadBuffers];
   int32_t rows, channels, rows_per_cluster, cluster, iterations, quantize;
   float eps, norm_eps, inverse_channels;  // 1 / channels
 };
@@ -150,6 +152,7 @@ __device__ void hyper(const HyperParams& p) {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_arrive_relaxed();  // all that it must order is the fence above
+  wait_for_previous();
 
   // The slice of the streams, into shared memory: the warp takes its four channels of all of them.
   if (block_row < rows) {
@@ -184,6 +187,8 @@ __device__ void hyper(const HyperParams& p) {
     for (int m = 0; m < kStreams; ++m) shared.tile[block_row][m][own_block * 32 + lane] = packed[m];
   }
   __syncthreads();
+  let_next_start();  // not earlier: the weights of the next kernel would delay those above
+  fetch_ahead(p.ahead, p.ahead_bytes, blockIdx.x * kWarps + warp, gridDim.x * kWarps);
 
   float sums[kRows][4] = {}, squares[kRows] = {};
 #pragma unroll
@@ -337,7 +342,7 @@ __device__ void hyper(const HyperParams& p) {
 
 // Named for the blocks of a CTA and the most rows of a cluster.
 #define DSV4_HYPER(name, groups, blocks, rows) \
-  extern "C" __global__ void __launch_bounds__(kThreads, 1) name(const __grid_constant__ HyperParams p) { start_after_previous(); hyper<groups, blocks, rows>(p); }
+  extern "C" __global__ void __launch_bounds__(kThreads, 1) name(const __grid_constant__ HyperParams p) { hyper<groups, blocks, rows>(p); }
 DSV4_HYPER(hc_pre_norm_1_1, 6, 1, 1)
 DSV4_HYPER(hc_pre_norm_2_1, 6, 2, 1)
 DSV4_HYPER(hc_pre_norm_4_1, 6, 4, 1)

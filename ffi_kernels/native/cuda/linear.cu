@@ -28,6 +28,7 @@ struct LinearInput {
 };
 
 struct LinearParams {
+  const uint8_t* ahead[kAheadBuffers];     // see dependent.cuh
   const void* x[kInputs];                  // [R, groups, K], as InputRows::data
   const uint8_t* x_scale[kInputs];         // as InputRows::scale, or null
   const float* x_global[kInputs];          // fp32 [R, groups], or null
@@ -35,6 +36,7 @@ struct LinearParams {
   const uint8_t* w_scale[kProducts];       // [groups, N/128, K/128] e8m0 | [groups, N, K/32] e8m0 | [groups, N, K/16] e4m3, or null
   const float* w_global[kProducts];        // fp32 [groups], or null
   void* out[kProducts];                    // [R, groups, N] fp32 or bf16
+  int ahead_bytes[kAheadBuffers];
   int products, rows;                      // rows: R
   int columns;                             // tokens per CTA, at most 8
   int most_k;                              // the largest K
@@ -68,6 +70,8 @@ struct LinearWalk {
       tile = begin + team.index() - teams;
     }
   }
+
+  DSV4_D void all_asked() const { fetch_ahead(p.ahead, p.ahead_bytes, (blockIdx.y * gridDim.x + blockIdx.x) * kTileWarps + warp_id(), gridDim.x * gridDim.y * kTileWarps); }
 
   DSV4_D bool next(Segment& s) {
     tile += teams;
@@ -139,7 +143,10 @@ DSV4_D void linear(const LinearParams& p) {
   let_next_start();
   const int token = blockIdx.x * p.columns, count = min(p.columns, p.rows - token);
   LinearWalk<kinds, single> walk(p, blockIdx.y);
-  if (walk.begin == walk.end) return wait_for_previous();
+  if (walk.begin == walk.end) {
+    walk.all_asked();
+    return wait_for_previous();
+  }
   const LinearPart part(p.part[blockIdx.y]);
   const LinearRows<kinds, single> rows{p, part, inputs, token, count};
   Stage<2, LinearRows<kinds, single>> stage(rows, count * rows.tensors(), p.most_k);

@@ -14,8 +14,9 @@ struct Segment {
 };
 
 // A warp's ring of slots, filled ahead of what is multiplied. `Walk::next(Segment&)` gives one segment after the other, and then
-// false as often as it is asked; the warp that consumes goes through the same segments with a walk of its own. `whole`: all
-// segments have 16 rows and whole units, and their scales lie on 16 bytes (but those of FP8).
+// false as often as it is asked; the warp that consumes goes through the same segments with a walk of its own. `Walk::all_asked()` is
+// called once, when nothing is left to be copied. `whole`: all segments have 16 rows and whole units, and their scales lie on 16
+// bytes (but those of FP8).
 template <uint32_t kinds, bool whole, class Walk>
 struct Ring {
   Walk walk;
@@ -24,11 +25,11 @@ struct Ring {
   int unit = 0, units = 0, step = 0, row_stride = 0, rows = 0, bytes = 0, scale_bytes = 0, format = 0;
   const uint8_t* data;         // what this lane copies next of its first row
   const uint8_t* scale;
+  int filled = 0;              // slots, before anything is consumed
+  bool empty = false;          // nothing is left to be copied
 
   DSV4_D Ring(const Walk& at_start, uint8_t* warp_slots)
       : walk(at_start), lane(lane_offsets()), slots(shared_address(warp_slots)), slot(slots), data(nullptr), scale(nullptr) {}
-
-  int filled = 0;              // slots, before anything is consumed
 
   // Fills all slots.
   DSV4_D void start() {
@@ -110,6 +111,9 @@ struct Ring {
       }
       data += step * kUnit;
       unit += step;
+    } else if (!empty) {
+      empty = true;
+      walk.all_asked();
     }
     copy_async_commit();  // also when empty, so that the number of groups behind a slot is always the same
   }
