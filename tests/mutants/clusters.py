@@ -3,7 +3,7 @@
 from mutants import of
 
 HYPER, TOPK, COMPRESSOR = (f"ffi_kernels/native/cuda/{name}.cu" for name in ("hyper_connections", "topk", "compressor"))
-EXCHANGE = "ffi_kernels/native/include/exchange.cuh"
+EXCHANGE, SINKHORN = (f"ffi_kernels/native/include/{name}.cuh" for name in ("exchange", "sinkhorn"))
 
 MUTANTS = [
     *of(
@@ -20,8 +20,9 @@ MUTANTS = [
         ("no wait for post and comb", "      copy_async_wait<0>();\n", "", "hyper_connections 1 1"),
         ("post and comb come from other lanes", "      copy_async_wait<0>();\n      __syncwarp();\n", "      copy_async_wait<0>();\n", "hyper_connections 1 4"),
         ("a warp's post and comb in another one's place", "shared.mixing[block_row][own_block];", "shared.mixing[block_row][0];", "hyper_connections 2 1"),
-        ("no barrier behind the streams", "packed[m];\n  }\n  __syncthreads();", "packed[m];\n  }", "hyper_connections pre 1 4"),
+        ("no barrier behind the streams", "    }\n  }\n  __syncthreads();\n", "    }\n  }\n", "hyper_connections pre 1 4"),
         ("no barrier between the parts and their sum", "  __syncthreads();\n\n  {\n    const int r", "\n  {\n    const int r", "hyper_connections 1 1"),
+        ("sums of a group's rows in the places of another's", "[4 * group + value % 4] = total;", "[4 * stream + value % 4] = total;", "hyper_connections 1 4"),
         ("parts of all CTAs in the receiver's own place", "send(&shared.mix[r][rank][quad]", "send(&shared.mix[r][peer][quad]", "hyper_connections 1 1"),
         ("no __syncwarp before Sinkhorn", "      __syncwarp();\n      if (lane < rows && lane", "      if (lane < rows && lane", "hyper_connections 1 1"),
         ("no wait for the mean square", "    barrier_wait(&shared.barrier[1]);\n    const int slots", "    const int slots", "hyper_connections 1 1"),
@@ -32,6 +33,12 @@ MUTANTS = [
         ("each CTA's slice begins where the one before does", "const int first_channel = rank * kBlocks * 128;", "const int first_channel = rank * kBlocks * 64;", "hyper_connections 1 1"),
         ("rows of the last cluster that do not exist", "min(p.rows_per_cluster, p.rows - first_row)", "p.rows_per_cluster", "hyper_connections 1 4, hyper_connections pre 1 4"),
         ("Sinkhorn of a row by two CTAs", "lane < rows && lane % cluster == rank", "lane < rows && lane % 2 == rank % 2", "hyper_connections 1 4"),
+    ),
+    *of(
+        SINKHORN,
+        ("columns are divided twice", "divide_by_sums<4, 1>(c, columns, eps, rows);", "divide_by_sums<1, 4>(c, columns, eps, rows);", "hyper_connections 1 1"),
+        ("eps is forgotten where a divisor is renewed", "eps * divisors[i]);", "0.0f * divisors[i]);", "hyper_connections 1 1"),
+        ("a softmax over two of four lanes", "warp_sum<4>(exponential)", "warp_sum<2>(exponential)", "hyper_connections 1 1"),
     ),
     *of(
         TOPK,

@@ -90,12 +90,22 @@ DSV4_D float4 constant4(const float* from) {
 }
 DSV4_D void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
-// Four values per lane, summed over the warp: lane 8 i holds the sum of the i-th, in two thirds fewer shuffles.
-DSV4_D float transposed_sum(const float (&x)[4]) {
-  const bool upper = lane_id() & 16, odd = lane_id() & 8;
-  const float a = (upper ? x[2] : x[0]) + __shfl_xor_sync(0xFFFFFFFFu, upper ? x[0] : x[2], 16);
-  const float b = (upper ? x[3] : x[1]) + __shfl_xor_sync(0xFFFFFFFFu, upper ? x[1] : x[3], 16);
-  return warp_sum<8>((odd ? b : a) + __shfl_xor_sync(0xFFFFFFFFu, odd ? a : b, 8));
+// n values per lane (a power of two), each summed over `lanes` lanes: lane i * lanes / n and those behind it hold the sum of the
+// i-th. Each step halves the values of a lane, and so the shuffles of the next; every value is added up in the order of warp_sum.
+template <int n, int lanes = 32>
+DSV4_D float transposed_sum(const float (&x)[n]) {
+  if constexpr (n == 1) {
+    return warp_sum<lanes>(x[0]);
+  } else {
+    const bool upper = lane_id() & lanes / 2;
+    float kept[n / 2];
+#pragma unroll
+    for (int i = 0; i < n / 2; ++i) {
+      const float low = x[i], high = x[i + n / 2];
+      kept[i] = (upper ? high : low) + __shfl_xor_sync(0xFFFFFFFFu, upper ? low : high, lanes / 2);
+    }
+    return transposed_sum<n / 2, lanes / 2>(kept);
+  }
 }
 
 // --- one cluster -------------------------------------------------------------------------------------------------------
@@ -178,19 +188,20 @@ __device__ void hyper(const HyperParams& p) {
       for (int m = 0; m < kStreams; ++m) x[m] = unpack4(packed[m]);
       after_sublayer(x, unpack4(f), mixing);
 #pragma unroll
-      for (int m = 0; m < kStreams; ++m) {
-        packed[m] = pack4(x[m]);
-        if (mine) *reinterpret_cast<uint2*>(p.new_streams + at + m * d) = packed[m];
-      }
+      for (int m = 0; m < kStreams; ++m) packed[m] = pack4(x[m]);
     }
 #pragma unroll
     for (int m = 0; m < kStreams; ++m) shared.tile[block_row][m][own_block * 32 + lane] = packed[m];
+    if (mixes && mine) {
+#pragma unroll
+      for (int m = 0; m < kStreams; ++m) *reinterpret_cast<uint2*>(p.new_streams + at + m * d) = packed[m];
+    }
   }
   __syncthreads();
   let_next_start();  // not earlier: the weights of the next kernel would delay those above
   fetch_ahead(p.ahead, p.ahead_bytes, blockIdx.x * kWarps + warp, gridDim.x * kWarps);
 
-  float sums[kRows][4] = {}, squares[kRows] = {};
+  float sums[kRows * 4] = {}, square = 0.0f;  // squares: of the row that is numbered as this warp's group
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
@@ -198,37 +209,22 @@ __device__ void hyper(const HyperParams& p) {
       if (r >= rows) break;
       const float4 v = unpack4(shared.tile[r][stream][block * 32 + lane]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[r][i] = add_products(sums[r][i], v, weights[block % kAhead][i]);
-      if (kRows == 1 && group == 0) squares[r] = add_products(squares[r], v, v);
+      for (int i = 0; i < 4; ++i) sums[4 * r + i] = add_products(sums[4 * r + i], v, weights[block % kAhead][i]);
+      if (group == r) square = add_products(square, v, v);
     }
     if (block + kAhead < kBlocks) fetch(block + kAhead);
   }
-  if (kRows > 1 && group == 0) {  // afterwards, for want of registers
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (r >= rows) break;
-#pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        const float4 v = unpack4(shared.tile[r][stream][block * 32 + lane]);
-        squares[r] = add_products(squares[r], v, v);
-      }
-    }
+  float total;
+  if (group < kRows) {  // both at once: each waits for its shuffles
+    total = transposed_sum(sums);
+    square = warp_sum(square);
+    if (lane < 4) reinterpret_cast<float*>(shared.part[group][stream])[kMixes + lane] = lane ? 0.0f : square;
+  } else {
+    total = transposed_sum(sums);
   }
-  if (group < kGroups) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (r >= rows) break;
-      float* part_sums = reinterpret_cast<float*>(shared.part[r][stream]);
-      float total;
-      if (group == 0) {  // both at once: each waits for its shuffles
-        total = transposed_sum(sums[r]);
-        const float square = warp_sum(squares[r]);
-        if (lane < 4) part_sums[kMixes + lane] = lane ? 0.0f : square;
-      } else {
-        total = transposed_sum(sums[r]);
-      }
-      if (lane % 8 == 0) part_sums[4 * group + lane / 8] = total;
-    }
+  if (group < kGroups && lane % (8 / kRows) == 0) {
+    const int value = lane / (8 / kRows);
+    reinterpret_cast<float*>(shared.part[value / 4][stream])[4 * group + value % 4] = total;
   }
   cluster_wait();  // from here on every CTA may send to every other
   __syncthreads();

@@ -13,32 +13,32 @@ DSV4_D float reciprocal(float x) {  // 1 ulp; the bounds of mixes and of Sinkhor
 
 DSV4_D float quick_sigmoid(float x) { return reciprocal(1.0f + expf(-x)); }
 
-// sums[i], the sums of four groups of four numbers as earlier factors have left them, brought up to date: a number counts with
-// its factor, the reciprocal of its `other` sum, then eps is added. Kept are sums over factors, so that dividing a group by its
-// sum is `sums[i]` <- (what the numbers give now) + eps * sums[i]. One reciprocal serves all four factors (it needs the product
-// of the sums, none below 1e-9, and not all of them are small) and is under way while the products that it scales are made.
+// Divides every group of four numbers (the rows, or the columns) by its sum plus eps. The numbers themselves stay: what stands for
+// them is c[i, j] / (divisors[i] * others[j]), so that divisors[i] becomes sum_j c[i, j] / others[j] + eps * divisors[i]. One
+// reciprocal serves the four others, and is under way while the products that it scales are made; with eps >= 1e-9 the product
+// of the four, of which not all can be small, stays above 1e-25 for the hardest logits.
 template <int across, int along>  // distance of the groups, and of the numbers of one
-DSV4_D void renew(const float (&c)[16], const float (&other)[4], float eps, float (&sums)[4]) {
-  const float low = other[0] * other[1], high = other[2] * other[3];
+DSV4_D void divide_by_sums(const float (&c)[16], const float (&others)[4], float eps, float (&divisors)[4]) {
+  const float low = others[0] * others[1], high = others[2] * others[3];
   const float both = reciprocal(low * high);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float* of = c + i * across;
-    const float first = fmaf(of[0], other[1], of[along] * other[0]);
-    const float second = fmaf(of[2 * along], other[3], of[3 * along] * other[2]);
-    sums[i] = fmaf(both, fmaf(first, high, second * low), eps * sums[i]);
+    const float first = fmaf(of[0], others[1], of[along] * others[0]);
+    const float second = fmaf(of[2 * along], others[3], of[3 * along] * others[2]);
+    divisors[i] = fmaf(both, fmaf(first, high, second * low), eps * divisors[i]);
   }
 }
 
 // c[4 j + k], the softmax over k plus eps, becomes doubly stochastic. In one lane, because the 2 * iterations dependent sums would
-// cross lanes otherwise. The numbers stay as they are until the end: only the factors of their rows and columns change.
+// cross lanes otherwise.
 DSV4_D void sinkhorn(float (&c)[16], int iterations, float eps) {
   float rows[4] = {1.0f, 1.0f, 1.0f, 1.0f}, columns[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-  renew<1, 4>(c, rows, eps, columns);
+  divide_by_sums<1, 4>(c, rows, eps, columns);
 #pragma unroll 1
   for (int i = 1; i < iterations; ++i) {
-    renew<4, 1>(c, columns, eps, rows);
-    renew<1, 4>(c, rows, eps, columns);
+    divide_by_sums<4, 1>(c, columns, eps, rows);
+    divide_by_sums<1, 4>(c, rows, eps, columns);
   }
   float row_factor[4];
 #pragma unroll
