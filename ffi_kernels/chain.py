@@ -17,8 +17,6 @@ import numpy as np
 from ffi_kernels import library
 from ffi_kernels.dispatch import current
 
-AHEAD_BYTES = 40 << 20  # of weights brought to L2 before their launch; an H200 has 50 MB
-
 # Primitives whose result has the bytes of their operand, if it has as many of them.
 _VIEWS = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "stop_gradient", "copy"}
 
@@ -119,8 +117,8 @@ class _Evaluation:
                 if var not in result_of and var not in argument_of:
                     argument_of[var] = len(arguments)
                     arguments.append(self.value(var))
-        static = []  # attributes of each launch
-        for eqn in launches:
+        attributes = {"launches": np.int64(len(launches))}
+        for number, eqn in enumerate(launches):
             operands = [self.of(v) for v in eqn.invars]
             buffers = [argument_of[v] if v in argument_of else len(arguments) + result_of[v] for v in operands]
             buffers += [len(arguments) + result_of[v] for v in eqn.outvars]
@@ -130,34 +128,10 @@ class _Evaluation:
             maps = np.array(own["tensor_maps"], np.int64).reshape(-1, 18)  # the first number of each is its buffer (launch.TensorMap)
             maps[:, 0] = [buffers[b] for b in maps[:, 0]]
             own["tensor_maps"] = maps.reshape(-1)
-            static.append(own)
-        _look_ahead(static, [x.size * x.dtype.itemsize for x in arguments])
-        attributes = {f"{name}_{i}" if i else name: value for i, own in enumerate(static) for name, value in own.items()}
+            attributes.update({f"{name}_{number}" if number else name: value for name, value in own.items()})
         shapes = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in results)
         call = jax.ffi.ffi_call(library.register("chain", current()), shapes, input_output_aliases=aliases)
-        self.values.update(zip(results, call(*arguments, launches=np.int64(len(launches)), **attributes), strict=True))
-
-
-def _look_ahead(static: list[dict], sizes: list[int]) -> None:
-    """Tells each launch that can bring weights to L2 (`launch`, ahead) those of the launches after it, up to the next one that can.
-
-    static: attributes of the launches, changed in place; sizes: bytes of the arguments, of which weights are.
-    """
-    for i, own in enumerate(static):
-        if not own["ahead"]:
-            continue
-        found, room = [], AHEAD_BYTES
-        for later in static[i + 1 :]:
-            for buffer in later["slots"][later["weights"]]:
-                if buffer < len(sizes) and len(found) < own["ahead"] and room > 0:
-                    found.append((buffer, min(sizes[buffer], room)))
-                    room -= found[-1][1]
-            if later["ahead"]:
-                break
-        own["slots"][: len(found)] = [buffer for buffer, _ in found]
-        scalars = np.array(own["scalars"]).view(np.int32)
-        scalars[: len(found)] = [nbytes for _, nbytes in found]
-        own["scalars"] = scalars.view(np.uint8)
+        self.values.update(zip(results, call(*arguments, **attributes), strict=True))
 
 
 def _is_literal(var) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,16 +99,37 @@ def _each(kinds: list[_Kind], value) -> list[int]:
     return [value(kinds[0]), value(kinds[1]) if len(kinds) > 1 else 0]
 
 
-def _splits(kinds: list[_Kind], matrices: int, jobs) -> list[int]:
-    """log2 of the warps that share 16 rows of `matrices` matrices, of both kinds: so many that the busiest warp of a CTA is done
-    soonest, if meeting the others once costs as much as 1.5 units of K. jobs(kind, groups): tiles of a CTA."""
+class _Shares(NamedTuple):
+    """How the warps of a CTA share the work: see Shares and Team of the kernels."""
 
-    def split(kind: _Kind, groups: int) -> int:
+    splits: list[int]  # log2 of the warps that share 16 rows of a matrix, of both kinds; the order of the sums
+    routed_warps: int  # those of the routed experts if they are served beside the shared one
+
+
+def _apart(kinds: list[_Kind], rows: int) -> bool:
+    """Whether some warps serve the shared expert while others serve the routed ones: those have the same inputs in the same form."""
+    forms = {tile.FP8_WEIGHT if kind.format == tile.MXFP4_WEIGHT else kind.format for kind in kinds}
+    return rows == 1 and len(kinds) == 2 and len(forms) == 1
+
+
+def _shares(kinds: list[_Kind], matrices: int, jobs) -> _Shares:
+    """The shares with which a CTA is done soonest with one token, if meeting the other warps of a team costs as much as 1.5 units of K.
+
+    jobs(kind, groups): how many times a CTA goes through 16 rows of `matrices` matrices.
+    """
+
+    def cost(kind: _Kind, groups: int, warps: int, split: int) -> float:
         units = -(-tile.row_bytes(kind.format, kind.k) // tile.UNIT_BYTES)
-        rounds = [-(-jobs(kind, groups) // (tile.WARPS >> log2)) for log2 in range(5)]
-        return min(range(5), key=lambda log2: rounds[log2] * (matrices * -(-units // (1 << log2)) + 1.5))
+        return -(-jobs(kind, groups) // (warps // split)) * (matrices * -(-units // split) + 1.5)
 
-    return [split(kind, groups) for kind, groups in zip(kinds, TYPICAL_GROUPS)] + [0] * (2 - len(kinds))
+    def best(number: int, warps: int) -> tuple[float, int]:
+        splits = [s for s in (1, 2, 4, 8, 16) if warps % s == 0 and tile.WARPS % s == 0]
+        return min((cost(kinds[number], TYPICAL_GROUPS[number], warps, s), s) for s in splits)
+
+    if len(kinds) == 1:
+        return _Shares([best(0, tile.WARPS)[1].bit_length() - 1, 0], 0)
+    warps = min((max(best(0, w)[0], best(1, tile.WARPS - w)[0]), w) for w in range(1, tile.WARPS))[1]
+    return _Shares([best(0, warps)[1].bit_length() - 1, best(1, tile.WARPS - warps)[1].bit_length() - 1], warps)
 
 
 def _arrays(kinds: list[_Kind], count: int) -> list:
@@ -131,12 +153,8 @@ def _refuse(columns: str, shared: int):
     )
 
 
-def _matrix_bytes(array) -> int:
-    return array.size // (array.shape[0] if array.ndim == 3 else 1) * array.dtype.itemsize
-
-
-def _up(x, kinds: list[_Kind], downs: list[_Kind], ids, weights, experts_: int, limit: float) -> list[jax.Array]:
-    """h bf16 [R, X, F], and [R, F'] of the shared expert. downs: what `_down` will read, which this launch brings to L2."""
+def _up(x, kinds: list[_Kind], ids, weights, experts_: int, limit: float) -> list[jax.Array]:
+    """h bf16 [R, X, F], and [R, F'] of the shared expert."""
     rows, hidden = x.shape
     groups = (GROUPS_BYTES + 4 * tile.COLUMNS + 15) // 16 * 16
     for most in (8, 4, 2, 1):  # as many tokens of an expert at once as fit
@@ -146,19 +164,17 @@ def _up(x, kinds: list[_Kind], downs: list[_Kind], ids, weights, experts_: int, 
             break
     else:
         _refuse(f"inputs of D = {hidden}", shared)
-    down = [[kind.part(name)[0] for kind in downs] + [None] * (2 - len(downs)) for name in ("data", "scale")]
+    shares = _shares(kinds, 2, lambda k, groups: -(-k.tiles * groups // TYPICAL_CTAS))
     h = [jax.ShapeDtypeStruct((rows, ids.shape[1], kinds[0].n), jnp.bfloat16)]
     h.append(jax.ShapeDtypeStruct((rows, kinds[1].n), jnp.bfloat16) if len(kinds) > 1 else None)
     return launch(
         "experts", "experts", f"experts_up_{_name(kinds)}",
         grid=(tile.CTAS[current()], 1, 1), block=32 * tile.WARPS, shared_bytes=shared,
-        inputs=[x, ids, weights, *_arrays(kinds, 2), *down[0], *down[1]], weights=[*range(5, 7), *range(9, 11)], outputs=h,
+        inputs=[x, ids, weights, *_arrays(kinds, 2)], outputs=h,
         scalars=[
             rows, ids.shape[1], experts_, hidden, columns,
             *_each(kinds, lambda k: k.format), *_each(kinds, lambda k: k.n),
-            *_splits(kinds, 2, lambda k, groups: -(-k.tiles * groups // TYPICAL_CTAS)),
-            *_each(kinds, lambda k: k.tiles),
-            *(0 if array is None else _matrix_bytes(array) for part in down for array in part),
+            *shares.splits, *_each(kinds, lambda k: k.tiles), shares.routed_warps if _apart(kinds, rows) else 0,
             float(limit),
         ],
     )  # fmt: skip
@@ -181,6 +197,7 @@ def _down(h: list, kinds: list[_Kind], ids, weights, experts_: int, dtype) -> ja
     if batch < 1:
         _refuse(f"inputs of F = {kinds[0].k}", _fixed_bytes(1) + fixed + per_group)
     shared = _fixed_bytes(1) + fixed + batch * per_group
+    shares = _shares(kinds, 1, lambda k, groups: -(-k.tiles // TYPICAL_CTAS) * groups)
     return launch(
         "experts", "experts", f"experts_down_{_name(kinds)}",
         grid=(ctas, 1, 1), block=32 * tile.WARPS, shared_bytes=shared,
@@ -189,7 +206,8 @@ def _down(h: list, kinds: list[_Kind], ids, weights, experts_: int, dtype) -> ja
         scalars=[
             rows, slots, experts_, hidden, columns,
             *_each(kinds, lambda k: k.format), *_each(kinds, lambda k: k.k),
-            *_splits(kinds, 1, lambda k, groups: -(-k.tiles // TYPICAL_CTAS) * groups), batch, of_cta, space, int(dtype == jnp.bfloat16),
+            *shares.splits, shares.routed_warps if _apart(kinds, rows) and batch == most else 0,
+            batch, of_cta, space, int(dtype == jnp.bfloat16),
         ],
     )[0]  # fmt: skip
 
@@ -210,5 +228,5 @@ def _experts(x, routed, shared, ids, weights, limit, dtype, row_max):
     ids, weights = ids.astype(jnp.int32), weights.astype(jnp.float32)
     parts = [routed] if shared is None else [routed, shared]
     up, down = ([_kind(x, tuple(part[name] for name in names)) for part in parts] for names in (("w1", "w3"), ("w2",)))
-    h = _up(x, up, down, ids, weights, routed["w1"].shape[0], limit)
+    h = _up(x, up, ids, weights, routed["w1"].shape[0], limit)
     return _down(h, down, ids, weights, routed["w1"].shape[0], dtype)

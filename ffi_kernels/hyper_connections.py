@@ -157,7 +157,7 @@ def _mix(op: str, streams, sublayer, fn, base, scale, norm_weight, *, iterations
     x, new_streams, post, comb, *codes = launch(
         op, "hyper_connections", f"hc_{'head' if head else 'pre'}_norm_{each}_{1 if rows_per_cluster == 1 and not head else 4}",
         grid=(-(-rows // rows_per_cluster) * cluster,), block=_THREADS, cluster=(cluster,),
-        inputs=[streams, *(sublayer or (None, None, None)), fn, base, scale, norm_weight], weights=[4], ahead=True, outputs=outputs,
+        inputs=[streams, *(sublayer or (None, None, None)), fn, base, scale, norm_weight], outputs=outputs,
         scalars=[rows, d, rows_per_cluster, cluster, iterations, CODE_FORMATS[quantize], float(eps), float(norm_eps), 1 / d],
     )  # fmt: skip
     return new_streams, x, collect_codes(codes, quantize), post, comb

@@ -19,7 +19,6 @@ from ffi_kernels import library
 from ffi_kernels.dispatch import current, register
 
 MAX_PARAMS_BYTES = 32764  # of one launch, since CUDA 12.1 on sm_70 and later
-AHEAD = 8  # kAheadBuffers of dependent.cuh
 MAX_ROWS = 16  # B * T of a decode step, that the ops which mix channels take in one launch
 MAX_SHARED_BYTES = 232448  # dynamic shared memory of one CTA on sm_90 and sm_100
 
@@ -85,23 +84,16 @@ def launch(
     shared_bytes: int = 0,
     aliases: dict[int, int] | None = None,
     tensor_maps: Sequence[TensorMap] = (),
-    weights: Sequence[int] = (),
-    ahead: bool = False,
 ) -> tuple[jax.Array | None, ...]:
     """One launch of `kernel` of `module` (the stem of the .cu file) as the custom call dsv4.<op>.<backend>.
 
     grid counts CTAs, cluster CTAs per cluster, shared_bytes the dynamic shared memory of a CTA. The params struct holds the tensor
     maps, each in 128 bytes on a multiple of 128, a pointer per input and per output in order, then the scalars: int32 for a
     Python int, float32 for a float. aliases maps an input to the output that updates it in place. Tensor maps are encoded at each
-    execution from the buffers' addresses then. weights: numbers of the inputs that are weights of which the launch reads every
-    byte. ahead: the params struct has AHEAD pointers before its inputs and as many sizes before its scalars, of weights that later
-    launches read; zero, until `chained` knows them. Returns one array (or None) per output. ValueError if the launch is larger
+    execution from the buffers' addresses then. Returns one array (or None) per output. ValueError if the launch is larger
     than a device allows, or a tensor map larger than its buffer.
     """
     backend = current()
-    if ahead:
-        inputs, scalars, weights = [*[None] * AHEAD, *inputs], [*[0] * AHEAD, *scalars], [AHEAD + i for i in weights]
-        aliases = {AHEAD + i: o for i, o in (aliases or {}).items()}
     grid = [*grid, 1, 1][:3]
     if min(grid) < 1 or grid[0] > 2**31 - 1 or max(grid[1:]) > 65535 or not 1 <= block <= 1024:
         raise ValueError(f"{op} on {backend} wants a grid of {grid} CTAs of {block} threads, which no device launches; use smaller shapes.")
@@ -152,8 +144,6 @@ def launch(
         tensor_maps=np.asarray([n for m in tensor_maps for n in m.numbers(slots[m.buffer])], np.int64),
         slots=np.asarray(slots, np.int64),
         inputs=np.int64(len(inputs)),
-        weights=np.asarray([i for i in weights if slots[i] >= 0], np.int64),
-        ahead=np.int64(AHEAD if ahead else 0),
         scalars=np.frombuffer(packed, np.uint8),
     )
     return tuple(results[result_of[i]] if i in result_of else None for i in range(len(outputs)))

@@ -243,6 +243,8 @@ def _kernel(products: list[_Product]) -> str:
     name = KERNELS.get(kinds.pop()) if len(kinds) == 1 else None
     if len(products) == 1:
         return name or "many"
+    if {p.kind for p in products} == {FP8_WEIGHT, BF16_WEIGHT}:
+        return "many_fp8_bf16"
     return f"many_{name}" if name in ("fp8", "nvfp4") else "many"
 
 
@@ -271,7 +273,7 @@ def _launch(op: str, leading: tuple, inputs: list[Input], products: list[_Produc
     results = launch(
         op, "linear", f"linear_{_kernel(products)}",
         grid=(token_groups, parts, 1), block=32 * WARPS, shared_bytes=shared,
-        inputs=sum(arrays + weights, []), weights=range(3 * INPUTS, 3 * (INPUTS + PRODUCTS)), ahead=True, outputs=padded(outputs, PRODUCTS),
+        inputs=sum(arrays + weights, []), outputs=padded(outputs, PRODUCTS),
         scalars=[
             len(products), rows, columns, max(i.k for i in inputs), *sum(of_products, []), *sum(of_inputs, []),
             *padded(begins, PARTS + 1, 0), *padded([_part(products, *tiles) for tiles in zip(begins, begins[1:])], PARTS, 0),

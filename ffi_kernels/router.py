@@ -62,7 +62,7 @@ def _route_tokens(x, gate, bias, table, tokens, count, scale):
     scores = launch(
         "route_tokens", "router", f"router_scores_{form}_{together}", grid=(-(-experts // per_cta), -(-rows // together)),
         block=128 * per_cta, shared_bytes=16 * per_cta * together,
-        inputs=[x, gate], weights=[1], outputs=[jax.ShapeDtypeStruct((rows, experts), jnp.float32)],
+        inputs=[x, gate], outputs=[jax.ShapeDtypeStruct((rows, experts), jnp.float32)],
         scalars=[rows, hidden, experts, per_cta],
     )  # fmt: skip
     return launch(

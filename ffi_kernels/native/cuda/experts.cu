@@ -16,78 +16,86 @@ struct ExpertsUpParams {
   const uint8_t* w[2][2];      // [kind][gate, up]: [E or 1, F, D] in its format; null without a shared expert
   const uint8_t* scale[2][2];  // or null
   const float* global[2][2];   // fp32 [E or 1], or null
-  const uint8_t* down[2];      // what experts_down reads of the picked experts and the shared one, or null: [E or 1, D, F] in its format
-  const uint8_t* down_scale[2];
   uint16_t* h[2];              // bf16 [R, X, F] and [R, F of the shared expert]
   int rows, slots, experts, hidden;  // R, X, E, D
   int columns;                 // tokens of a group, at most 8
   int kind[2], width[2];       // of the weights (Kind of tile.cuh); F
   int split_log2[2];           // of the warps of a team
   int tiles[2];                // of a matrix
-  int down_bytes[2], down_scale_bytes[2];  // of a matrix
+  int routed_warps;            // see Shares
   float limit;
 };
 
+// The warps of a CTA that serve a kind: all of them, first the shared expert and then the others; or with one token, for which all
+// groups have the same inputs, the first `routed_warps` of them the routed experts and the rest the shared one, at the same time.
+struct Shares {
+  int routed_warps;  // or zero
+  DSV4_D bool apart() const { return routed_warps != 0; }
+  DSV4_D int own_kind() const { return int(warp_id()) >= routed_warps; }
+  // After this kind, or after 2; negative if there is none.
+  DSV4_D int next_kind(int kind) const { return !apart() ? kind - 1 : kind == 2 ? own_kind() : -1; }
+  DSV4_D Team team(int kind, int split_log2) const {
+    if (!apart()) return {split_log2};
+    return kind ? Team{split_log2, routed_warps, kTileWarps - routed_warps} : Team{split_log2, 0, routed_warps};
+  }
+};
+
 // Tiles of 16 rows of gate and of up, group after group: a CTA has a run of those of the shared expert, which it may copy before the
-// groups are known, and then a run of the others. Within a group, its teams take turns.
+// groups are known, and a run of the others. Teams take turns, within a group where the inputs of groups differ.
 template <uint32_t kinds>
 struct UpWalk {
   const ExpertsUpParams& p;
   const Groups& groups;
+  const Shares shares;
   const int shared;                   // groups of the shared expert
   bool known = false;                 // the other groups
-  int kind = 1, group, last, end;     // of the present run: the kind of its groups, the present one, the last one, where its tiles end
-  int begin;
+  int kind = 2, group = 0, last = 0;  // of the present run, 2 before the first: the kind of its groups; the present one and the last one
+  int begin = 0, end = 0;             // its tiles
   int tile = 0, limit = 0, teams = 0;
   int row = 0;                        // of the present tile
   int half = 1;                       // 0: gate, 1: up
 
   DSV4_D UpWalk(const ExpertsUpParams& params, const Groups& found)
-      : p(params), groups(found), shared(shared_groups(p.w[1][0] != nullptr, p.rows, p.columns)) {
-    start_run(0, shared);
-  }
+      : p(params), groups(found), shares{p.routed_warps}, shared(shared_groups(p.w[1][0] != nullptr, p.rows, p.columns)) {}
 
-  DSV4_D void start_run(int first, int count) {
-    const uint32_t all = count * p.tiles[kind];
+  DSV4_D bool next_run() {
+    const int next = shares.next_kind(kind);
+    if (next < 0 || (next == 0 && !known)) return false;
+    kind = next;
+    const int first = kind ? 0 : shared;
+    const uint32_t all = (kind ? shared : groups.all - shared) * p.tiles[kind];
     begin = int(all * blockIdx.x / gridDim.x);
     end = int(all * (blockIdx.x + 1) / gridDim.x);
     group = first + (begin < end ? begin / p.tiles[kind] : 0) - 1;
     last = begin < end ? first + (end - 1) / p.tiles[kind] : group;
+    return true;
   }
 
   // The first tile of the present group, counted as those of its run are.
   DSV4_D int first_tile() const { return (kind ? group : group - shared) * p.tiles[kind]; }
 
-  DSV4_D Team team() const { return {p.split_log2[kind]}; }
+  DSV4_D Team team() const { return shares.team(kind, p.split_log2[kind]); }
 
-  // A share of the matrices that experts_down reads of the first groups, as much as L2 holds beside other things.
-  DSV4_D void all_asked() const {
-    constexpr uint32_t kMost = 36u << 20;
-    const int of = lane_id() / 2, is_shared = of < shared;
-    const uint8_t* const from = lane_id() & 1 ? p.down_scale[is_shared] : p.down[is_shared];
-    if (of >= groups.all || from == nullptr || (of + 1) * uint64_t(p.down_bytes[is_shared]) > kMost) return;
-    const int bytes = lane_id() & 1 ? p.down_scale_bytes[is_shared] : p.down_bytes[is_shared];
-    fetch_share(from + size_t(is_shared ? 0 : groups.matrix[of]) * bytes, bytes, blockIdx.x * kTileWarps + warp_id(), gridDim.x * kTileWarps);
-  }
-
-  // Whether there is another group with tiles for this CTA; its first tile comes with the next call of next_of_group.
+  // Whether there is another group with tiles for this CTA, or if kinds are served apart another run; its first tile comes with the
+  // next call of next_of_group.
   DSV4_D bool next_group() {
-    if (group >= last && kind == 1 && known) {
-      kind = 0;
-      start_run(shared, groups.all - shared);
+    while (group >= last) {
+      if (!next_run()) return false;
     }
-    if (group >= last) return false;
     ++group;
-    limit = min(end, first_tile() + p.tiles[kind]);
+    limit = shares.apart() ? end : min(end, first_tile() + p.tiles[kind]);
     teams = team().count();
     tile = max(begin, first_tile()) + team().index() - teams;
+    if (shares.apart()) last = group;
     return true;
   }
 
   DSV4_D bool next_of_group() {
     tile += teams;
+    if (tile >= limit) return false;
+    if (shares.apart()) group = last = (kind ? 0 : shared) + tile / p.tiles[kind];
     row = (tile - first_tile()) * kTileRows;
-    return tile < limit;
+    return true;
   }
 
   DSV4_D Segment segment(int of_up) const {
@@ -136,12 +144,14 @@ DSV4_D void experts_up(const ExpertsUpParams& p) {
   keep(touched);
   walk.known = ring.walk.known = true;
   bool started = false;
-  const auto token_of = [&](int group, int column) { return groups.member[group][column] / (group < groups.shared ? 1 : p.slots); };
+  const bool apart = walk.shares.apart();
+  const auto token_of = [&](int group, int column) { return apart ? 0 : groups.member[group][column] / (group < groups.shared ? 1 : p.slots); };
   Team before{0};
   int staged = -1, parity = 0;
-  while (walk.next_group()) {
-    const int kind = walk.kind, group = walk.group, count = groups.count[group], split = p.split_log2[kind], form = form_of<kinds>(p.kind[kind]);
-    bool same = staged >= 0 && groups.count[staged] == count && form_of<kinds>(p.kind[staged < groups.shared]) == form;
+  for (bool more = walk.next_group(); more || (apart && staged < 0); more = walk.next_group()) {
+    const int kind = apart ? walk.shares.own_kind() : walk.kind, group = walk.group, count = apart ? 1 : groups.count[group];
+    const int split = p.split_log2[kind], form = form_of<kinds>(p.kind[kind]);
+    bool same = staged >= 0 && (apart || (groups.count[staged] == count && form_of<kinds>(p.kind[staged < groups.shared]) == form));
     for (int i = 0; same && i < count; ++i) same = token_of(staged, i) == token_of(group, i);
     if (!same) {
       __syncthreads();  // the columns before were read
@@ -150,6 +160,7 @@ DSV4_D void experts_up(const ExpertsUpParams& p) {
       const RowsAt<decltype(at)> rows{at};
       Stage<1, RowsAt<decltype(at)>> stage(rows, count, p.hidden);
       const bool in_l1 = p.rows * p.hidden * 2 <= kTouched;  // otherwise the rings must wait for the inputs
+      if (!started && stage.fits()) stage.load();
       if (!started && in_l1) ring.start();
       stage.write(scaled_here(in), amax);
       if (!started && !in_l1) ring.start();
@@ -157,16 +168,17 @@ DSV4_D void experts_up(const ExpertsUpParams& p) {
       __syncthreads();
     }
     const Columns columns = columns_of(space, p.hidden, count);
-    const Team team = walk.team();
+    const Team team = walk.shares.team(kind, split);
     if (staged >= 0 && before.split_log2 != split) {  // other teams from here on: those before must have read their sums
       before.sync();
       parity = 0;
     }
     before = team;
-    staged = group;
+    staged = apart ? 0 : group;
     const int format = format_of(p.kind[kind]);
-    const float of_gate = load_global(p.global[kind][0], format, groups.matrix[group]), of_up = load_global(p.global[kind][1], format, groups.matrix[group]);
-    while (walk.next_of_group()) {
+    while (more && walk.next_of_group()) {
+      const int matrix = groups.matrix[walk.group];
+      const float of_gate = load_global(p.global[kind][0], format, matrix), of_up = load_global(p.global[kind][1], format, matrix);
       float* of_team = partials + (parity * 2 * kTileWarps + warp_id() - team.rank()) * kPartial;
       Segment s;
 #pragma unroll 1
@@ -175,8 +187,7 @@ DSV4_D void experts_up(const ExpertsUpParams& p) {
         const int units = units_of(s.rows);
         float sum[4] = {};
         for (int unit = s.first; unit < units; unit += s.step) {
-          multiply_unit<kinds>(sum, ring.wait(), ring.lane, p.kind[kind], s.rows, columns, unit);
-          ring.release();
+          multiply_unit<kinds>(sum, ring, p.kind[kind], s.rows, columns, unit);
         }
         store_partial(of_team + (half * kTileWarps + team.rank()) * kPartial, sum);
       }
@@ -191,7 +202,7 @@ DSV4_D void experts_up(const ExpertsUpParams& p) {
         gate = min_nan(round_bf16(gate), p.limit);
         up = max_nan(min_nan(round_bf16(up), p.limit), -p.limit);
         float h = silu(gate) * up;
-        const int member = groups.member[group][column];
+        const int member = groups.member[walk.group][column];
         if (kind == 0) h *= groups.weight[member];
         p.h[kind][int64_t(member) * p.width[kind] + f] = float_to_bf16(h);
       }
@@ -211,6 +222,7 @@ struct ExpertsDownParams {
   int columns;                 // tokens of a group, at most 8
   int kind[2], width[2];
   int split_log2[2];           // of the warps of a team
+  int routed_warps;            // see Shares
   int batch;                   // groups whose inputs are in shared memory at once
   int tiles;                   // of 16 rows of D, of a CTA, at most
   int space;                   // bytes of one group's columns
@@ -223,6 +235,7 @@ template <uint32_t kinds>
 struct DownWalk {
   const ExpertsDownParams& p;
   const Groups& groups;
+  const Shares shares;
   const int shared;             // groups of the shared expert
   bool known = false;           // the other groups
   int begin, tiles;             // tiles of this CTA
@@ -231,18 +244,19 @@ struct DownWalk {
   int group = 0, tile = 0;      // of the present job
 
   DSV4_D DownWalk(const ExpertsDownParams& params, const Groups& found)
-      : p(params), groups(found), shared(shared_groups(p.w[1] != nullptr, p.rows, p.columns)) {
+      : p(params), groups(found), shares{p.routed_warps}, shared(shared_groups(p.w[1] != nullptr, p.rows, p.columns)) {
     const int all = (p.hidden + kTileRows - 1) / kTileRows;
     begin = int(uint32_t(all) * blockIdx.x / gridDim.x);
     tiles = int(uint32_t(all) * (blockIdx.x + 1) / gridDim.x) - begin;
   }
 
-  DSV4_D Team team() const { return {p.split_log2[kind]}; }
+  DSV4_D Team team() const { return shares.team(kind, p.split_log2[kind]); }
   DSV4_D int groups_of_batch() const { return min(p.batch, groups.all - batch * p.batch); }
 
   DSV4_D bool next_part() {
-    if (kind == 0 || (kind == 1 && !known)) return false;
-    --kind;
+    const int next = shares.next_kind(kind);
+    if (next < 0 || (next == 0 && !known)) return false;
+    kind = next;
     const int low = batch * p.batch, high = low + p.batch;
     first = kind ? low : max(low, shared);
     count = max(min(high, kind ? shared : groups.all) - first, 0);
@@ -257,8 +271,6 @@ struct DownWalk {
     kind = 2;
     return batch * p.batch < groups.all;
   }
-
-  DSV4_D void all_asked() const {}
 
   DSV4_D bool next_of_part() {
     job += teams;
@@ -301,7 +313,7 @@ DSV4_D void experts_down(const ExpertsDownParams& p) {
   const int per_tile = p.rows * (p.slots + 1) * kTileRows;
   uint32_t* amax = reinterpret_cast<uint32_t*>(products + p.tiles * per_tile);
   uint8_t* inputs = reinterpret_cast<uint8_t*>(amax + p.batch * kColumns);
-  const auto space_of = [&](int group) { return column_space(inputs + group % p.batch * p.space, p.width[group < groups.shared], p.columns); };
+  const auto space_of = [&](int in_batch, int kind) { return column_space(inputs + in_batch * p.space, p.width[kind], p.columns); };
 
   let_next_start();
   DownWalk<kinds> walk(p, groups);
@@ -322,7 +334,7 @@ DSV4_D void experts_down(const ExpertsDownParams& p) {
     const auto row_at = [&](int i) {
       const int of = columns_log2(p.columns), group = first + (i >> of), kind = group < groups.shared, column = i & ((1 << of) - 1);
       const InputRows in{reinterpret_cast<const void*>(p.h[kind]), nullptr, nullptr, p.width[kind], form_of<kinds>(p.kind[kind])};
-      return StagedRow{in, groups.member[group][column], space_of(group), column < groups.count[group] ? column : -1};
+      return StagedRow{in, groups.member[group][column], space_of(i >> of, kind), column < groups.count[group] ? column : -1};
     };
     const RowsAt<decltype(row_at)> rows{row_at};
     Stage<4, RowsAt<decltype(row_at)>> stage(rows, walk.groups_of_batch() << columns_log2(p.columns), max(p.width[0], p.width[1]));
@@ -349,15 +361,14 @@ DSV4_D void experts_down(const ExpertsDownParams& p) {
       const int kind = walk.kind, format = format_of(p.kind[kind]);
       while (walk.next_of_part()) {
         const int group = walk.group, count = groups.count[group];
-        const ColumnSpace space = space_of(group);
+        const ColumnSpace space = space_of(group - first, kind);
         const Columns columns = columns_of(space, p.width[kind], count);
         const Segment s = walk.segment();
         const int units = units_of(s.rows);
         const float global = load_global(p.global[kind], format, groups.matrix[group]);
         float sum[4] = {};
         for (int unit = s.first; unit < units; unit += s.step) {
-          multiply_unit<kinds>(sum, ring.wait(), ring.lane, p.kind[kind], s.rows, columns, unit);
-          ring.release();
+          multiply_unit<kinds>(sum, ring, p.kind[kind], s.rows, columns, unit);
         }
         float* of_team = partials + (parity * kTileWarps + warp_id() - team.rank()) * kPartial;
         parity ^= 1;

@@ -26,7 +26,6 @@ constexpr int kMaxCluster = 16;
 enum Quantize : int32_t { kNone = 0, kFp8 = 1, kNvfp4 = 2 };
 
 struct HyperParams {
-  const uint8_t* ahead[kAheadBuffers];  // see dependent.cuh
   const uint16_t* streams;      // bf16 [R, 4, D]
   const uint16_t* sublayer;     // bf16 [R, D], the output of the sublayer before; null: take `streams` as they are
   const float* last_post;       // fp32 [R, 4], with `sublayer`
@@ -42,7 +41,6 @@ struct HyperParams {
   uint8_t* codes;               // FP8: e4m3 [R, D]; NVFP4: e2m1 [R, D/2]
   uint8_t* code_scale;          // FP8: e8m0 [R, ceil(D/128)]; NVFP4: e4m3 [R, D/16]
   float* global_scale;          // NVFP4: fp32 [R, 1]
-  int32_t ahead_bytes[kAheadBuffers];
   int32_t rows, channels, rows_per_cluster, cluster, iterations, quantize;
   float eps, norm_eps, inverse_channels;  // 1 / channels
 };
@@ -199,7 +197,6 @@ __device__ void hyper(const HyperParams& p) {
   }
   __syncthreads();
   let_next_start();  // not earlier: the weights of the next kernel would delay those above
-  fetch_ahead(p.ahead, p.ahead_bytes, blockIdx.x * kWarps + warp, gridDim.x * kWarps);
 
   float sums[kRows * 4] = {}, square = 0.0f;  // squares: of the row that is numbered as this warp's group
 #pragma unroll

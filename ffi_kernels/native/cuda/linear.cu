@@ -28,7 +28,6 @@ struct LinearInput {
 };
 
 struct LinearParams {
-  const uint8_t* ahead[kAheadBuffers];     // see dependent.cuh
   const void* x[kInputs];                  // [R, groups, K], as InputRows::data
   const uint8_t* x_scale[kInputs];         // as InputRows::scale, or null
   const float* x_global[kInputs];          // fp32 [R, groups], or null
@@ -36,7 +35,6 @@ struct LinearParams {
   const uint8_t* w_scale[kProducts];       // [groups, N/128, K/128] e8m0 | [groups, N, K/32] e8m0 | [groups, N, K/16] e4m3, or null
   const float* w_global[kProducts];        // fp32 [groups], or null
   void* out[kProducts];                    // [R, groups, N] fp32 or bf16
-  int ahead_bytes[kAheadBuffers];
   int products, rows;                      // rows: R
   int columns;                             // tokens per CTA, at most 8
   int most_k;                              // the largest K
@@ -70,8 +68,6 @@ struct LinearWalk {
       tile = begin + team.index() - teams;
     }
   }
-
-  DSV4_D void all_asked() const { fetch_ahead(p.ahead, p.ahead_bytes, (blockIdx.y * gridDim.x + blockIdx.x) * kTileWarps + warp_id(), gridDim.x * gridDim.y * kTileWarps); }
 
   DSV4_D bool next(Segment& s) {
     tile += teams;
@@ -143,17 +139,15 @@ DSV4_D void linear(const LinearParams& p) {
   let_next_start();
   const int token = blockIdx.x * p.columns, count = min(p.columns, p.rows - token);
   LinearWalk<kinds, single> walk(p, blockIdx.y);
-  if (walk.begin == walk.end) {
-    walk.all_asked();
-    return wait_for_previous();
-  }
+  if (walk.begin == walk.end) return wait_for_previous();
   const LinearPart part(p.part[blockIdx.y]);
   const LinearRows<kinds, single> rows{p, part, inputs, token, count};
   Stage<2, LinearRows<kinds, single>> stage(rows, count * rows.tensors(), p.most_k);
   Ring<kinds, whole, LinearWalk<kinds, single>> ring(walk, shared + warp_id() * kRing * kSlot);
-  ring.start();
+  ring.start_one();  // more of the weights would delay the inputs
   wait_for_previous();
   if (stage.fits()) stage.load();
+  ring.start();
   stage.write(rows.scaled(), amax);
   __syncthreads();
 
@@ -175,8 +169,7 @@ DSV4_D void linear(const LinearParams& p) {
     const float global = load_global(p.w_global[walk.product], format_of(of.kind), walk.group);
     float sum[4] = {};
     for (int unit = s.first; unit < units; unit += s.step) {
-      multiply_unit<kinds>(sum, ring.wait(), ring.lane, of.kind, s.rows, columns, unit);
-      ring.release();
+      multiply_unit<kinds>(sum, ring, of.kind, s.rows, columns, unit);
     }
     float* of_team = partials + (parity * kTileWarps + warp_id() - team.rank()) * kPartial;
     parity ^= 1;
@@ -210,5 +203,6 @@ DSV4_LINEAR(nvfp4, 1u << dsv4::kNvfp4, true, true)
 DSV4_LINEAR(fp8_plain, 1u << dsv4::kFp8Plain, true, true)
 DSV4_LINEAR(many_fp8, 1u << dsv4::kFp8, false, true)
 DSV4_LINEAR(many_nvfp4, 1u << dsv4::kNvfp4, false, true)
+DSV4_LINEAR(many_fp8_bf16, 1u << dsv4::kFp8 | 1u << dsv4::kBf16, false, true)
 DSV4_LINEAR(many, dsv4::kAnyKind, false, true)
 DSV4_LINEAR(ragged, dsv4::kAnyKind, false, false)

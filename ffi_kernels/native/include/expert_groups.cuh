@@ -27,9 +27,44 @@ struct Groups {
 // Groups of the shared expert.
 DSV4_D int shared_groups(bool shared, int rows, int columns) { return shared ? (rows + columns - 1) / columns : 0; }
 
+// The same for at most 32 slots: one warp finds out by votes.
+DSV4_D void find_few_groups(Groups& g, const int* ids, const float* weights, int rows, int slots, int experts, int of_shared, int columns) {
+  const int lane = lane_id();
+  for (int i = threadIdx.x; i < kMaxGroups; i += kTileThreads) g.count[i] = 0;
+  __syncthreads();
+  if (warp_id() == 0) {
+    constexpr uint32_t kAll = 0xFFFFFFFFu;
+    const bool there = lane < rows * slots;
+    const float weight = there ? weights[lane] : 0.0f;
+    const int id = there ? ids[lane] : 0, expert = weight != 0.0f ? min(max(id, 0), experts - 1) : -1;
+    const uint32_t before = (1u << lane) - 1, of_row = (kAll >> (32 - slots)) << (there ? lane / slots * slots : 0);
+    const int repeats = __popc(__match_any_sync(kAll, expert) & of_row & before), key = expert < 0 ? -1 : expert + repeats * experts;
+    uint32_t same = __match_any_sync(kAll, key);
+    const int rank = __popc(same & before);
+    for (int i = rank / columns * columns; i > 0; --i) same &= same - 1;  // what is left starts with the first of this group
+    const bool starts = expert >= 0 && rank % columns == 0;
+    const uint32_t all = __ballot_sync(kAll, starts);
+    if (there) g.weight[lane] = weight;
+    if (expert >= 0) {
+      const int group = of_shared + __popc(all & ((same & -same) - 1));
+      g.member[group][rank % columns] = uint8_t(lane);
+      atomicAdd(&g.count[group], 1);
+      if (starts) g.matrix[group] = expert;
+    }
+    if (lane == 0) g.shared = of_shared, g.all = of_shared + __popc(all);
+  } else if (of_shared && int(threadIdx.x) - 32 < rows) {
+    const int token = int(threadIdx.x) - 32, group = token / columns;
+    g.member[group][token % columns] = uint8_t(token);
+    atomicAdd(&g.count[group], 1);
+    if (token % columns == 0) g.matrix[group] = 0;
+  }
+  __syncthreads();
+}
+
 // All threads of the CTA. ids int32, weights fp32 [rows, slots], of `experts` experts; ids outside are clipped.
 DSV4_D void find_groups(Groups& g, const int* ids, const float* weights, int rows, int slots, int experts, bool shared, int columns) {
-  const int t = threadIdx.x, pairs = rows * slots;
+  const int t = threadIdx.x, pairs = rows * slots, of_shared = shared_groups(shared, rows, columns);
+  if (pairs <= 32) return find_few_groups(g, ids, weights, rows, slots, experts, of_shared, columns);
   int expert = -1;
   if (t < pairs) {
     g.weight[t] = weights[t];
@@ -58,7 +93,6 @@ DSV4_D void find_groups(Groups& g, const int* ids, const float* weights, int row
   const bool starts = t < pairs && expert >= 0 && first == t;
   if (t < pairs) g.starts[t] = starts;
   const int routed = __syncthreads_count(starts);
-  const int of_shared = shared_groups(shared, rows, columns);
   if (t < pairs && expert >= 0) {
     int group = of_shared;
     for (int q = 0; q < first; ++q) group += g.starts[q];
@@ -66,7 +100,7 @@ DSV4_D void find_groups(Groups& g, const int* ids, const float* weights, int row
     atomicAdd(&g.count[group], 1);
     if (starts) g.matrix[group] = expert;
   }
-  if (t < rows && shared) {
+  if (t < rows && of_shared) {
     const int group = t / columns;
     g.member[group][t % columns] = uint8_t(t);
     atomicAdd(&g.count[group], 1);

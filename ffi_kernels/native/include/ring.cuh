@@ -7,6 +7,18 @@ namespace dsv4 {
 
 // --- the ring ------------------------------------------------------------------------------------------------------
 
+// Weights are read once a step: in L2 they make room for other things, such as the code of the next kernels, before those do.
+DSV4_D uint64_t read_once() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// copy_async_16 with such a policy.
+DSV4_D void copy_weights_16(uint32_t shared_address, const void* from, bool present, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address), "l"(from), "r"(present ? 16 : 0), "l"(policy) : "memory");
+}
+
 // What a warp multiplies next: units first, first + step, ... of these rows.
 struct Segment {
   WeightRows rows;
@@ -14,9 +26,8 @@ struct Segment {
 };
 
 // A warp's ring of slots, filled ahead of what is multiplied. `Walk::next(Segment&)` gives one segment after the other, and then
-// false as often as it is asked; the warp that consumes goes through the same segments with a walk of its own. `Walk::all_asked()` is
-// called once, when nothing is left to be copied. `whole`: all segments have 16 rows and whole units, and their scales lie on 16
-// bytes (but those of FP8).
+// false as often as it is asked; the warp that consumes goes through the same segments with a walk of its own. `whole`: all
+// segments have 16 rows and whole units, and their scales lie on 16 bytes (but those of FP8).
 template <uint32_t kinds, bool whole, class Walk>
 struct Ring {
   Walk walk;
@@ -25,8 +36,8 @@ struct Ring {
   int unit = 0, units = 0, step = 0, row_stride = 0, rows = 0, bytes = 0, scale_bytes = 0, format = 0;
   const uint8_t* data;         // what this lane copies next of its first row
   const uint8_t* scale;
+  const uint64_t policy = read_once();
   int filled = 0;              // slots, before anything is consumed
-  bool empty = false;          // nothing is left to be copied
 
   DSV4_D Ring(const Walk& at_start, uint8_t* warp_slots)
       : walk(at_start), lane(lane_offsets()), slots(shared_address(warp_slots)), slot(slots), data(nullptr), scale(nullptr) {}
@@ -35,6 +46,12 @@ struct Ring {
   DSV4_D void start() {
 #pragma unroll 1
     for (; filled < kRing; ++filled) fill(slots + filled * kSlot);
+  }
+
+  // Fills one slot; `start` does the rest.
+  DSV4_D void start_one() {
+    fill(slots);
+    filled = 1;
   }
 
   // Fills as many slots as the walk has segments now; `start` does the rest once it has more.
@@ -79,8 +96,8 @@ struct Ring {
       for (int i = 0; i < 4; ++i) {
         const uint32_t at = to + (lane.copy ^ (i & 1 ? 32 : 0)) + 4 * i * kUnit;
         const bool row = whole || (id >> 3) + 4 * i < rows;
-        copy_async_16(at, from, first && row);
-        copy_async_16(at + 128, from + 128, second && row);
+        copy_weights_16(at, from, first && row, policy);
+        copy_weights_16(at + 128, from + 128, second && row, policy);
         from += row_stride;
       }
       const uint32_t scales = to + kSlotScales;
@@ -111,9 +128,6 @@ struct Ring {
       }
       data += step * kUnit;
       unit += step;
-    } else if (!empty) {
-      empty = true;
-      walk.all_asked();
     }
     copy_async_commit();  // also when empty, so that the number of groups behind a slot is always the same
   }
@@ -134,18 +148,18 @@ struct Ring {
 
 // --- sums over the warps of a team -----------------------------------------------------------------------------------
 
-// 2**split_log2 consecutive warps that share rows. Teams of every size have barriers of their own, so that teams of two sizes
-// may be at work at once.
+// 2**split_log2 consecutive warps that share rows, of `warps` warps from `first` on, both multiples of it. Teams of every size have
+// barriers of their own, so that teams of two sizes may be at work at once.
 struct Team {
-  int split_log2;
-  DSV4_D int index() const { return warp_id() >> split_log2; }
-  DSV4_D int count() const { return kTileWarps >> split_log2; }
+  int split_log2, first = 0, warps = kTileWarps;
+  DSV4_D int index() const { return (int(warp_id()) - first) >> split_log2; }
+  DSV4_D int count() const { return warps >> split_log2; }
   DSV4_D int rank() const { return warp_id() & ((1 << split_log2) - 1); }
   DSV4_D void sync() const {
     if (split_log2 == 0) {
       __syncwarp();
     } else {
-      asm volatile("bar.sync %0, %1;" ::"r"(count() + index()), "r"(32 << split_log2) : "memory");
+      asm volatile("bar.sync %0, %1;" ::"r"((kTileWarps + int(warp_id())) >> split_log2), "r"(32 << split_log2) : "memory");
     }
   }
 };

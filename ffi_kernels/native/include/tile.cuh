@@ -197,14 +197,23 @@ DSV4_D uint16_t load2(uint32_t shared) {
   return x;
 }
 
-DSV4_D void unit_bf16(float (&sum)[4], uint32_t slot, const Lane& lane, const Columns& in, int unit) {
+// Each calls `release` once it has read all of the slot, which is then filled again while it multiplies the rest.
+
+template <class Release>
+DSV4_D void unit_bf16(float (&sum)[4], uint32_t slot, const Lane& lane, const Columns& in, int unit, const Release& release) {
   const uint32_t t = lane_id() & 3, column = in.data + unit * kUnit;
+  uint4 low[4], high[4];
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
-    const uint32_t at = slot + (lane.chunk ^ (s * 64));
-    const uint4 low = load16(at), high = load16(at + 8 * kUnit), b = load16(column + s * 64 + (t ^ (s >> 1)) * 16);
-    mma_bf16(sum, low.x, high.x, low.y, high.y, b.x, b.y);
-    mma_bf16(sum, low.z, high.z, low.w, high.w, b.z, b.w);
+    low[s] = load16(slot + (lane.chunk ^ (s * 64)));
+    high[s] = load16(slot + (lane.chunk ^ (s * 64)) + 8 * kUnit);
+  }
+  release();
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    const uint4 b = load16(column + s * 64 + (t ^ (s >> 1)) * 16);
+    mma_bf16(sum, low[s].x, high[s].x, low[s].y, high[s].y, b.x, b.y);
+    mma_bf16(sum, low[s].z, high[s].z, low[s].w, high[s].w, b.z, b.w);
   }
 }
 
@@ -213,8 +222,8 @@ DSV4_D float fp8_scale(uint32_t slot, int block, uint32_t address) {
   return e8m0_to_float(uint8_t(load4(slot + kSlotScales + block * 4) >> (8 * (address & 3))));
 }
 
-template <bool plain>
-DSV4_D void unit_fp8(float (&sum)[4], uint32_t slot, const Lane& lane, const WeightRows& w, const Columns& in, int unit) {
+template <bool plain, class Release>
+DSV4_D void unit_fp8(float (&sum)[4], uint32_t slot, const Lane& lane, const WeightRows& w, const Columns& in, int unit, const Release& release) {
   const uint32_t column = in.data + unit * (2 * kUnit) + (lane_id() & 3) * 32;
 #pragma unroll
   for (int block = 0; block < 2; ++block) {
@@ -224,6 +233,8 @@ DSV4_D void unit_fp8(float (&sum)[4], uint32_t slot, const Lane& lane, const Wei
       low[s] = load16(slot + (lane.chunk ^ (block * 128 + s * 64)));
       high[s] = load16(slot + (lane.chunk ^ (block * 128 + s * 64)) + 8 * kUnit);
     }
+    const float scale = fp8_scale(slot, block, uint32_t(reinterpret_cast<uint64_t>(w.scale)) + 2 * unit + block);
+    if (block == 1) release();
     float first[4] = {}, second[4] = {};  // two chains of products instead of one
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
@@ -236,7 +247,6 @@ DSV4_D void unit_fp8(float (&sum)[4], uint32_t slot, const Lane& lane, const Wei
       decode_fp8(b, high[s].z, high[s].w);
       multiply<plain>(second, a, b, load16(at + (1 - s) * 16));
     }
-    const float scale = fp8_scale(slot, block, uint32_t(reinterpret_cast<uint64_t>(w.scale)) + 2 * unit + block);
     float2 of_column = make_float2(1.0f, 1.0f);
     if (!plain) of_column = load_floats(in.scale + (2 * unit + block) * kColumns * 4);
     const float x = scale * of_column.x, y = scale * of_column.y;
@@ -247,20 +257,30 @@ DSV4_D void unit_fp8(float (&sum)[4], uint32_t slot, const Lane& lane, const Wei
   }
 }
 
-template <bool plain>
-DSV4_D void unit_mxfp4(float (&sum)[4], uint32_t slot, const Lane& lane, const Columns& in, int unit) {
+template <bool plain, class Release>
+DSV4_D void unit_mxfp4(float (&sum)[4], uint32_t slot, const Lane& lane, const Columns& in, int unit, const Release& release) {
   const uint32_t t = lane_id() & 3, column = in.data + unit * (4 * kUnit), scales = slot + kSlotScales + (lane_id() >> 2) * 16;
+  uint32_t low_codes[4], high_codes[4], low_scales, high_scales;
+  const auto load = [&](int s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t at = slot + (lane.word ^ ((4 * s + i) * 16));
+      low_codes[i] = load4(at);
+      high_codes[i] = load4(at + 8 * kUnit);
+    }
+    low_scales = load4(scales + s * 4), high_scales = load4(scales + 8 * 16 + s * 4);
+  };
 #pragma unroll
   for (int s = 0; s < 4; ++s) {  // 128 elements
-    const uint32_t low_scales = load4(scales + s * 4), high_scales = load4(scales + 8 * 16 + s * 4);
+    load(s);
+    if (s == 3) release();
     float part[4] = {};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int chunk = 4 * s + i;
-      const uint32_t at = slot + (lane.word ^ (chunk * 16));
       uint32_t a[4], b[4];
-      decode_e2m1(a, load4(at));
-      decode_e2m1(b, load4(at + 8 * kUnit));
+      decode_e2m1(a, low_codes[i]);
+      decode_e2m1(b, high_codes[i]);
       float block[4] = {};
       multiply<plain>(block, a, b, load16(column + chunk * 64 + (t ^ (chunk >> 1 & 1)) * 16));
       const float low = bits_float((i < 3 ? low_scales << (23 - 8 * i) : low_scales >> 1) & 0x7F800000u);
@@ -279,7 +299,8 @@ DSV4_D void unit_mxfp4(float (&sum)[4], uint32_t slot, const Lane& lane, const C
   }
 }
 
-DSV4_D void unit_nvfp4(float (&sum)[4], uint32_t slot, const Lane& lane, const Columns& in, int unit) {
+template <class Release>
+DSV4_D void unit_nvfp4(float (&sum)[4], uint32_t slot, const Lane& lane, const Columns& in, int unit, const Release& release) {
   const uint32_t t = lane_id() & 3, scales = slot + kSlotScales + (lane_id() >> 2) * kScaleRow + t * 2;
   const uint32_t column = in.data + unit * (4 * kUnit) + t * 64 + (t >> 1) * 16, other_column = column + 16 - (t >> 1) * 32;
   float other[4] = {};  // two chains of products instead of one
@@ -295,6 +316,7 @@ DSV4_D void unit_nvfp4(float (&sum)[4], uint32_t slot, const Lane& lane, const C
       low_scales[j] = e4m3x2_to_f16x2(load2(scales + s * 8));
       high_scales[j] = e4m3x2_to_f16x2(load2(scales + 8 * kScaleRow + s * 8));
     }
+    if (half == 1) release();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t both = i < 2 ? 0x1010 : 0x3232;  // this word's block, in both halves
@@ -318,22 +340,25 @@ DSV4_D void unit_nvfp4(float (&sum)[4], uint32_t slot, const Lane& lane, const C
   for (int i = 0; i < 4; ++i) sum[i] += other[i];
 }
 
-// sum += rows of the slot times the columns, over the K of one unit. FP4 sums lack kE2m1Factor, NVFP4 ones also the global
-// scales.
-template <uint32_t kinds>
-DSV4_D void multiply_unit(float (&sum)[4], uint32_t slot, const Lane& lane, int kind, const WeightRows& w, const Columns& in, int unit) {
+// sum += rows of the ring's oldest slot, which is released, times the columns, over the K of one unit. FP4 sums lack kE2m1Factor,
+// NVFP4 ones also the global scales.
+template <uint32_t kinds, class Ring>
+DSV4_D void multiply_unit(float (&sum)[4], Ring& ring, int kind, const WeightRows& w, const Columns& in, int unit) {
+  const uint32_t slot = ring.wait();
+  const Lane& lane = ring.lane;
+  const auto release = [&] { ring.release(); };
   if (is<kinds, kNvfp4>(kind)) {
-    unit_nvfp4(sum, slot, lane, in, unit);
+    unit_nvfp4(sum, slot, lane, in, unit, release);
   } else if (is<kinds, kFp8>(kind)) {
-    unit_fp8<false>(sum, slot, lane, w, in, unit);
+    unit_fp8<false>(sum, slot, lane, w, in, unit, release);
   } else if (is<kinds, kMxfp4>(kind)) {
-    unit_mxfp4<false>(sum, slot, lane, in, unit);
+    unit_mxfp4<false>(sum, slot, lane, in, unit, release);
   } else if (is<kinds, kBf16>(kind)) {
-    unit_bf16(sum, slot, lane, in, unit);
+    unit_bf16(sum, slot, lane, in, unit, release);
   } else if (is<kinds, kFp8Plain>(kind)) {
-    unit_fp8<true>(sum, slot, lane, w, in, unit);
+    unit_fp8<true>(sum, slot, lane, w, in, unit, release);
   } else if (is<kinds, kMxfp4Plain>(kind)) {
-    unit_mxfp4<true>(sum, slot, lane, in, unit);
+    unit_mxfp4<true>(sum, slot, lane, in, unit, release);
   }
 }
 
