@@ -168,10 +168,11 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
         offsets[0] = 0  # the output takes the place of the entries
     team_bytes = -(-used // 256) * 256
     angles = teams * team_bytes
+    sinks = angles + rope * 4
     results = launch(
         "decode_attention", "attention", f"decode_attention_{'fp8' if fp8 else 'bf16'}_{'teams' if teams > 1 else group}",
         grid=(cluster * tokens, -(-heads // (group * passes)), batch), block=channels, cluster=(cluster, 1, 1),
-        shared_bytes=angles + rope * 4,
+        shared_bytes=sinks + group * passes * 4,
         inputs=[q, *arrays(window), *arrays(fresh), *arrays(compressed), picked, sink, start, length, cos, sin],
         outputs=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -180,7 +181,7 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
         scalars=[
             tokens, heads, channels, rope, size, entries, picks, max(ratio, 1).bit_length() - 1, parts.bit_length() - 1,
             cluster.bit_length() - 1, parts_of_team, *shares, channels + rope if fp8 else 2 * channels,
-            _scale_bytes(channels, rope) if fp8 else 0, stages, stage_bytes, team_bytes, passes, *offsets, angles,
+            _scale_bytes(channels, rope) if fp8 else 0, stages, stage_bytes, team_bytes, passes, *offsets, angles, sinks,
             channels**-0.5 / math.log(2),
         ],
     )  # fmt: skip

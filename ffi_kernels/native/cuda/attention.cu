@@ -41,11 +41,14 @@ DSV4_D void announce(const AttentionParams& p, const Entry& entry) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(entry.data), "r"(p.entry_bytes) : "memory");
 }
 
-DSV4_D void load_angles(const AttentionParams& p, int row) {
+// What the merge will need: the angles, and the sinks of the CTA's heads.
+DSV4_D void load_constants(const AttentionParams& p, int row, int heads) {
   for (int i = threadIdx.x; i < p.rope / 2; i += blockDim.x) {
     copy_async_4(address_in_shared(p.angles + 4 * i), p.cos + size_t(row) * (p.rope / 2) + i);
     copy_async_4(address_in_shared(p.angles + 2 * p.rope + 4 * i), p.sin + size_t(row) * (p.rope / 2) + i);
   }
+  for (int i = threadIdx.x; i < heads * p.passes; i += blockDim.x)
+    copy_async_4(address_in_shared(p.sinks + 4 * i), p.sink + min(int(blockIdx.y) * heads * p.passes + i, p.heads - 1));
 }
 
 // Leaves the output of the team, where the entries were or behind them, for the merge.
@@ -77,7 +80,7 @@ DSV4_D void attend(const AttentionParams& p) {
   if (token >= length) return store_nothing<heads>(p, row, rank);
   part.set_position(p, start, rank);
   const int count = part.count(), tiles = (count + kTileKeys - 1) / kTileKeys;
-  load_angles(p, row);
+  load_constants(p, row, heads);
 #pragma unroll 1
   for (int pass = 0; pass < p.passes; ++pass) {
     const int first_head = (int(blockIdx.y) * p.passes + pass) * heads;
@@ -118,7 +121,7 @@ DSV4_D void attend(const AttentionParams& p) {
     store_part<kHeadTiles>(p, role, out);
     if (!tiles && thread < heads) in_shared<float>(p.largest + 4 * thread) = -infinity(), in_shared<float>(p.total + 4 * thread) = 0.0f;
     cluster_sync();
-    merge<heads, 4, false>(p, row, first_head, rank);
+    merge<heads, 4, false>(p, row, first_head, pass, rank);
     if (pass + 1 < p.passes && locates) pick = load_pick(p, part_anew(p, rank), row, thread);
     cluster_wait();  // nobody goes on while others read from it
   }
@@ -135,10 +138,11 @@ DSV4_D void attend_in_teams(const AttentionParams& p) {
   int pick = locates ? load_pick(p, Part(p, token, first), row, thread) : -1;
   const int start = load_now(p.start + sequence), length = load_now(p.length + sequence);
   if (token >= length) return store_nothing<heads>(p, row, rank);
-  load_angles(p, row);
+  load_constants(p, row, heads);
   Part part(p, token, first);
   part.set_position(p, start, first);
-  int count = part.count(), turn = 0, tile = 0;  // of the part; which part of the team; of the part
+  const int count = part.count();  // no later part has more
+  int turn = 0, tile = 0;          // which part of the team, which tile of the part
   uint32_t scales[kRounds<2>] = {};
   if (locates) in_shared<Entry>(role.base + p.rows + thread * sizeof(Entry)) = locate(p, part, sequence, thread, pick);
   role.sync(p);
@@ -167,7 +171,6 @@ DSV4_D void attend_in_teams(const AttentionParams& p) {
       for (int n = 0; n < width; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) other[n][i] = out[0][n][i], out[0][n][i] = 0.0f;
-      count = part_anew(p, first + next_turn).count();
     }
     turn = next_turn, tile = next_tile;
     role.sync(p);  // the entries have been read, and the next ones are located
@@ -196,9 +199,9 @@ DSV4_D void attend_in_teams(const AttentionParams& p) {
   }
   cluster_sync();
   if (p.parts_of_team == 2)
-    merge<heads, 2, true>(p, row, first_head, rank);
+    merge<heads, 2, true>(p, row, first_head, 0, rank);
   else
-    merge<heads, 2, false>(p, row, first_head, rank);
+    merge<heads, 2, false>(p, row, first_head, 0, rank);
   cluster_wait();  // nobody ends while others read from it
 }
 

@@ -40,7 +40,7 @@ struct AttentionParams {
   int32_t window_share, pick_share;   // of one part
   int32_t entry_bytes, scale_bytes;   // K + R and S, or 2 K and 0
   int32_t stages, stage_bytes;        // tiles in shared memory, 1 or 2; K / 64 * kSliceBytes
-  int32_t team_bytes;                 // of shared memory, where there are two teams; everything but the angles lies there once for each
+  int32_t team_bytes;                 // of shared memory, where there are two teams; all but angles and sinks is there once for each
   int32_t passes;                     // groups of heads that a CTA serves one after the other
   // Offsets in shared memory; entries lie at 0, bf16 [stages][K / 64][80 keys][64 channels], 16-byte chunk i of a row at
   // i ^ (key % 8).
@@ -49,7 +49,7 @@ struct AttentionParams {
   int32_t scores;                     // fp32 [K / 128][heads][kPitch], partial sums over 128 channels
   int32_t weights;                    // bf16 [heads][kPitch]
   int32_t factor, largest, total;     // fp32 [heads] of the output so far, [parts of a team][heads] in log2 units, the sum of the unrounded weights
-  int32_t angles;                     // fp32 [R]: cosines, then sines
+  int32_t angles, sinks;              // fp32 [R]: cosines, then sines; [passes][heads]
   float score_scale;                  // K**-0.5 * log2(e): exponentials are taken to base 2
 };
 
@@ -115,12 +115,12 @@ DSV4_D T& in_shared(uint32_t offset) {
 
 DSV4_D uint32_t address_in_shared(uint32_t offset) { return shared_address(&in_shared<uint8_t>(offset)); }
 
-// A biased exponent byte as the power of two that it stands for.
-DSV4_D float e8m0_to_float(uint32_t code) { return bits_float(code ? code << 23 : 0x00400000u); }
+// The scale of an FP8 block, from its biased exponent byte: a power of two in bf16, twice.
+DSV4_D uint32_t scale_bf16x2(uint32_t code) { return code ? code << 7 | code << 23 : 0x00400040u; }
 
-// 16 e4m3 codes times the scale of their block -> bf16, exactly. The conversions go by half precision, which holds every code;
-// on the units that shift and select they take two instructions to a pair.
-DSV4_D void decode_e4m3(uint4 raw, float scale, uint32_t (&out)[8]) {
+// 16 e4m3 codes times the scale of their block -> bf16. The conversions go by half precision, which holds every code; of the units
+// that shift and select they take two instructions to a pair.
+DSV4_D void decode_e4m3(uint4 raw, uint32_t scale, uint32_t (&out)[8]) {
   const uint32_t in[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -129,7 +129,7 @@ DSV4_D void decode_e4m3(uint4 raw, float scale, uint32_t (&out)[8]) {
         " cvt.f32.f16 %0, low;\n cvt.f32.f16 %1, high;\n}"
         : "=f"(low), "=f"(high)
         : "h"(uint16_t(in[j / 2] >> (16 * (j % 2)))));
-    out[j] = pack_bf16(low * scale, high * scale);
+    out[j] = multiply_bf16x2(pack_bf16(low, high), scale);
   }
 }
 

@@ -93,7 +93,7 @@ DSV4_D float4 sum_slots(const AttentionParams& p, uint32_t from, uint32_t larges
 // For this CTA's share of the heads: sums the parts, divides, rotates back, stores. A thread takes 4 channels of every
 // fourth head. Arrives at the barrier of the cluster once it has read all parts, before it stores: the arrival would wait for that.
 template <int kHeads, int kSplit, bool kJoined>
-DSV4_D void merge(const AttentionParams& p, int row, int first_head, int rank) {
+DSV4_D void merge(const AttentionParams& p, int row, int first_head, int pass, int rank) {
   constexpr int teams = 4 / kSplit;
   const int share = kHeads >> p.cluster_log2, width = p.channels / 4, thread = threadIdx.x;
   const int group = (thread >= width) + (thread >= 2 * width) + (thread >= 3 * width);
@@ -118,7 +118,7 @@ DSV4_D void merge(const AttentionParams& p, int row, int first_head, int rank) {
     if (local + 4 >= end) cluster_arrive();
     const size_t to = size_t(row) * p.heads + head;
     if (p.lse != nullptr && channel == 0) p.lse[to] = base_of(most) * kLn2 + logf(total);
-    total += exp2(p.sink[head] * kLog2e - base_of(most));
+    total += exp2(in_shared<float>(p.sinks + 4 * (pass * kHeads + local)) * kLog2e - base_of(most));
     const float inverse = 1.0f / (total == 0.0f ? 1.0f : total);
     float x[4] = {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse};
 #pragma unroll

@@ -114,7 +114,7 @@ DSV4_D void multiply_slice(const Role<kSplit>& role, uint32_t row, int s, int ke
     uint4 &low = in_shared<uint4>(low_at + n * kRound), &high = in_shared<uint4>(high_at + n * kRound);
     uint32_t b[8];
     if (kFp8) {
-      decode_e4m3(raw[n % kAhead], e8m0_to_float((scales[n] >> (8 * s)) & 0xFFu), b);
+      decode_e4m3(raw[n % kAhead], scale_bf16x2((scales[n] >> (8 * s)) & 0xFFu), b);
       low = {b[0], b[1], b[2], b[3]};
       high = {b[4], b[5], b[6], b[7]};
     } else {
