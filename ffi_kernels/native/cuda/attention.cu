@@ -147,7 +147,8 @@ DSV4_D void attend_in_teams(const AttentionParams& p) {
   if (locates) in_shared<Entry>(role.base + p.rows + thread * sizeof(Entry)) = locate(p, part, sequence, thread, pick);
   role.sync(p);
   load_tile<kFp8>(p, role, 0, keys_of_tile(count, 0), scales);
-  float out[1][width][4] = {}, other[width][4];  // of this part, of the one before
+  float out[1][width][4] = {};       // of this part
+  volatile float other[width][4];    // of the one before: in local memory, because registers are short
 #pragma unroll 1
   for (int number = 0;; ++number) {  // of the tile among those of the team; a part without keys has one too
     const int keys = keys_of_tile(count, tile);
