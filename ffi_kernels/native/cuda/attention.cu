@@ -1,15 +1,16 @@
 // Attention of 1..4 new tokens per sequence over the window and the chosen compressed entries, from a query to the
 // rotated-back output, in one launch. Contract: ffi_kernels/decode_attention.py.
 //
-// A cluster serves one token and a group of heads: its CTAs share out the keys, keep an online softmax each, and merge
-// by distributed shared memory in rank order. Grid (parts T, head groups, B), cluster (parts, 1, 1).
-// Inside a CTA, for each tile of 80 keys:
-//   product with K   a pair of slices (128 channels) has kSplit warps, which take groups of 8 keys in turn: stored bytes
+// A cluster serves one token and a group of heads. The keys are divided into parts, each with an online softmax of its own; what
+// a CTA has of them, one or two or four parts, is merged by distributed shared memory. Grid (C T, head groups, B), cluster (C, 1, 1).
+// For each tile of 80 keys:
+//   product with K   a pair of slices (128 channels) has kSplit warps of each team, which take groups of 8 keys in turn: stored bytes
 //                    -> bf16 fragments in registers -> partial scores; the bf16 entries stay in shared memory
 //   softmax          sum of the partial scores in channel order, running maximum and sum of each head
 //   product with V   a warp has 128 / kSplit channels and all keys
 // A CTA may serve several groups of heads in turn; entries that fit in one tile are then decoded once.
-// Each token and head goes through the same sums in the same order whatever else is in the launch, in every variant.
+// Each token and head goes through the same sums in the same order whatever else is in the launch, in every mapping: parts
+// are joined in pairs of neighbours, and the pairs added in order.
 #include "attention_tile.cuh"
 
 namespace dsv4 {
@@ -51,19 +52,23 @@ DSV4_D void load_constants(const AttentionParams& p, int row, int heads) {
     copy_async_4(address_in_shared(p.sinks + 4 * i), p.sink + min(int(blockIdx.y) * heads * p.passes + i, p.heads - 1));
 }
 
+// Where this thread leaves the outputs of heads 16 m + g and 8 more, for channels 8 n + 2 c and 1 more of its warp.
+template <int kHeads, int kSplit>
+DSV4_D float2& output_of(const AttentionParams& p, const Role<kSplit>& role, int m, int n, int half) {
+  const int channel = role.warp * kPart<kSplit> + (2 * role.c & ~3);
+  const uint32_t to = role.base + p.output + output_at<kHeads, kSplit>(role.g, channel) + (2 * role.c & 2) * 4;
+  return in_shared<float2>((to ^ (32 * n)) + (16 * m + 8 * half) * kPart<kSplit> * 4);
+}
+
 // Leaves the output of the team, where the entries were or behind them, for the merge.
 template <int kHeadTiles, int kSplit>
-DSV4_D void store_part(const AttentionParams& p, const Role<kSplit>& role, const float (&out)[kHeadTiles][kPart<kSplit> / 8][4]) {
-  constexpr int width = kPart<kSplit>;
-  const int channel = role.warp * width + (2 * role.c & ~3);
-  const uint32_t to = role.base + p.output + output_at<16 * kHeadTiles, kSplit>(role.g, channel) + (2 * role.c & 2) * 4;
+DSV4_D void store_output(const AttentionParams& p, const Role<kSplit>& role, const float (&out)[kHeadTiles][kPart<kSplit> / 8][4]) {
 #pragma unroll
   for (int m = 0; m < kHeadTiles; ++m)
 #pragma unroll
-    for (int n = 0; n < width / 8; ++n)
+    for (int n = 0; n < kPart<kSplit> / 8; ++n)
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        in_shared<float2>((to ^ (32 * n)) + (16 * m + 8 * i) * width * 4) = {out[m][n][2 * i], out[m][n][2 * i + 1]};
+      for (int i = 0; i < 2; ++i) output_of<16 * kHeadTiles>(p, role, m, n, i) = {out[m][n][2 * i], out[m][n][2 * i + 1]};
 }
 
 // A part to a CTA, all warps at one tile.
@@ -118,10 +123,10 @@ DSV4_D void attend(const AttentionParams& p) {
 
     copy_async_wait<0>();
     __syncthreads();  // the entries have been read: the output may take their place
-    store_part<kHeadTiles>(p, role, out);
+    store_output<kHeadTiles>(p, role, out);
     if (!tiles && thread < heads) in_shared<float>(p.largest + 4 * thread) = -infinity(), in_shared<float>(p.total + 4 * thread) = 0.0f;
     cluster_sync();
-    merge<heads, 4, false>(p, row, first_head, pass, rank);
+    merge<heads, 4, 1, false>(p, row, first_head, pass, rank);
     if (pass + 1 < p.passes && locates) pick = load_pick(p, part_anew(p, rank), row, thread);
     cluster_wait();  // nobody goes on while others read from it
   }
@@ -178,31 +183,48 @@ DSV4_D void attend_in_teams(const AttentionParams& p) {
     load_tile<kFp8>(p, role, number + 1, keys_of_tile(count, tile), scales);
   }
 
-  const uint32_t largest = role.base + p.largest, total = role.base + p.total;
-  if (p.parts_of_team == 2) {
+  // Two parts are joined here: both of the team, or that of each team, by the first one.
+  const bool pair = p.parts_of_team == 1;
+  const uint32_t largest = role.base + p.largest, total = role.base + p.total, second = pair ? p.team_bytes : heads * 4;
+  copy_async_wait<0>();
+  if (pair) {
+    if (role.team == 1) {
+      role.sync(p);  // the entries have been read: the output may take their place
+      store_output<1>(p, role, out);
+    }
+    __syncthreads();
+  }
+  if (!pair || role.team == 0) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t at = largest + 4 * (role.g + 8 * i);
-      const Join both(in_shared<float>(at), in_shared<float>(at + 4 * heads));
+      const Join both(in_shared<float>(at), in_shared<float>(at + second));
 #pragma unroll
-      for (int n = 0; n < width; ++n)
-#pragma unroll
-        for (int k = 2 * i; k < 2 * i + 2; ++k) out[0][n][k] = join(other[n][k], both.own, out[0][n][k], both.other);
+      for (int n = 0; n < width; ++n) {
+        float &x = out[0][n][2 * i], &y = out[0][n][2 * i + 1];
+        if (pair) {
+          Role<2> beside = role;
+          beside.base += p.team_bytes;
+          const float2 those = output_of<heads>(p, beside, 0, n, i);
+          x = join(x, both.own, those.x, both.other), y = join(y, both.own, those.y, both.other);
+        } else {
+          x = join(other[n][2 * i], both.own, x, both.other), y = join(other[n][2 * i + 1], both.own, y, both.other);
+        }
+      }
+    }
+    role.sync(p);  // the largest scores and the entries have been read
+    store_output<1>(p, role, out);
+    if (thread < heads) {
+      float &one = in_shared<float>(largest + 4 * thread), &sum = in_shared<float>(total + 4 * thread);
+      const Join both(one, in_shared<float>(largest + second + 4 * thread));
+      one = both.largest, sum = both.total(sum, in_shared<float>(total + second + 4 * thread));
     }
   }
-  copy_async_wait<0>();
-  role.sync(p);  // the entries and the largest scores have been read
-  store_part<1>(p, role, out);
-  if (p.parts_of_team == 2 && thread < heads) {
-    float &one = in_shared<float>(largest + 4 * thread), &sum = in_shared<float>(total + 4 * thread);
-    const Join both(one, in_shared<float>(largest + 4 * (heads + thread)));
-    one = both.largest, sum = both.total(sum, in_shared<float>(total + 4 * (heads + thread)));
-  }
   cluster_sync();
-  if (p.parts_of_team == 2)
-    merge<heads, 2, true>(p, row, first_head, 0, rank);
+  if (pair)
+    merge<heads, 2, 1, true>(p, row, first_head, 0, rank);
   else
-    merge<heads, 2, false>(p, row, first_head, 0, rank);
+    merge<heads, 2, 2, true>(p, row, first_head, 0, rank);
   cluster_wait();  // nobody ends while others read from it
 }
 
