@@ -36,12 +36,6 @@ DSV4_D Part part_anew(const AttentionParams& p, int number) {
   return part;
 }
 
-// Tells the L2 cache that an entry will be copied.
-DSV4_D void announce(const AttentionParams& p, const Entry& entry) {
-  if (entry.data == nullptr) return;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(entry.data), "r"(p.entry_bytes) : "memory");
-}
-
 // What the merge will need: the angles, and the sinks of the CTA's heads.
 DSV4_D void load_constants(const AttentionParams& p, int row, int heads) {
   for (int i = threadIdx.x; i < p.rope / 2; i += blockDim.x) {
@@ -90,7 +84,7 @@ DSV4_D void attend(const AttentionParams& p) {
   for (int pass = 0; pass < p.passes; ++pass) {
     const int first_head = (int(blockIdx.y) * p.passes + pass) * heads;
     const bool decoded = pass > 0 && p.stages == 1;  // the first pass left the one tile in bf16
-    uint32_t scales[kRounds<4>] = {};
+    uint32_t scales[2] = {};
     if (!decoded) {
       if (locates) {
         in_shared<Entry>(p.rows + thread * sizeof(Entry)) = locate(p, part_anew(p, rank), sequence, thread, pick);
@@ -112,13 +106,9 @@ DSV4_D void attend(const AttentionParams& p) {
       multiply_keys<kFp8, kHeadTiles>(p, role, row, first_head, stage, keys, decoded, scales);
       __syncthreads();
       if (tile + 1 < tiles) load_tile<kFp8>(p, role, tile + 1, keys_of_tile(count, tile + 1), scales);
-      uint32_t early[kTileKeys / 16][kPart<4> / 16][4];
-#pragma unroll
-      for (int n = 0; n < kEarlyGroups<kHeadTiles, 4>; ++n)
-        if (16 * n < keys) load_values(p, role, stage, n, early[n]);
       softmax_tile<heads, 32 / kHeadTiles>(p, role, 0, tile, tile == 0, keys);
       __syncthreads();
-      multiply_values<kHeadTiles>(p, role, tile == 0, stage, keys, early, out);
+      multiply_values<kHeadTiles>(p, role, tile == 0, stage, keys, out);
     }
 
     copy_async_wait<0>();
@@ -148,7 +138,7 @@ DSV4_D void attend_in_teams(const AttentionParams& p) {
   part.set_position(p, start, first);
   const int count = part.count();  // no later part has more
   int turn = 0, tile = 0;          // which part of the team, which tile of the part
-  uint32_t scales[kRounds<2>] = {};
+  uint32_t scales[2] = {};
   if (locates) in_shared<Entry>(role.base + p.rows + thread * sizeof(Entry)) = locate(p, part, sequence, thread, pick);
   role.sync(p);
   load_tile<kFp8>(p, role, 0, keys_of_tile(count, 0), scales);
@@ -163,14 +153,12 @@ DSV4_D void attend_in_teams(const AttentionParams& p) {
     multiply_keys<kFp8, 1>(p, role, row, first_head, 0, keys, false, scales);
     role.sync(p);
     if (locates && !last) {
-      const Entry entry = locate(p, part_anew(p, first + next_turn), sequence, next_key, pick);
-      in_shared<Entry>(role.base + p.rows + (((number + 1) & 1) * kTileKeys + thread) * sizeof(Entry)) = entry;
-      announce(p, entry);
+      in_shared<Entry>(role.base + p.rows + (((number + 1) & 1) * kTileKeys + thread) * sizeof(Entry)) =
+          locate(p, part_anew(p, first + next_turn), sequence, next_key, pick);
     }
     softmax_tile<heads, 16>(p, role, role.base + turn * heads * 4, number, tile == 0, keys);
     role.sync(p);
-    const uint32_t none[kTileKeys / 16][kPart<2> / 16][4] = {};
-    multiply_values<1>(p, role, tile == 0, 0, keys, none, out);
+    multiply_values<1>(p, role, tile == 0, 0, keys, out);
     if (last) break;
     if (ends) {
 #pragma unroll
