@@ -122,6 +122,16 @@ DSV4_D void attend(const AttentionParams& p) {
   }
 }
 
+// A tile of one of the parts of a team.
+struct Step {
+  int turn = 0, tile = 0;  // which part, which tile of it
+  DSV4_D void advance(int count) {
+    ++tile;
+    if (tile * kTileKeys >= count) tile = 0, ++turn;
+  }
+  DSV4_D int key(int thread) const { return tile * kTileKeys + thread; }
+};
+
 // One or two parts to each of two teams of a CTA: while one waits for entries or for its softmax, the other multiplies.
 template <bool kFp8>
 DSV4_D void attend_in_teams(const AttentionParams& p) {
@@ -137,38 +147,45 @@ DSV4_D void attend_in_teams(const AttentionParams& p) {
   Part part(p, token, first);
   part.set_position(p, start, first);
   const int count = part.count();  // no later part has more
-  int turn = 0, tile = 0;          // which part of the team, which tile of the part
+  Step step, next;                 // of this tile, of the one that is located and copied next
+  next.advance(count);
   uint32_t scales[2] = {};
-  if (locates) in_shared<Entry>(role.base + p.rows + thread * sizeof(Entry)) = locate(p, part, sequence, thread, pick);
+  if (locates) {
+    in_shared<Entry>(role.base + p.rows + thread * sizeof(Entry)) = locate(p, part, sequence, thread, pick);
+    pick = load_pick(p, Part(p, token, first + next.turn), row, next.key(thread));
+  }
   role.sync(p);
   load_tile<kFp8>(p, role, 0, keys_of_tile(count, 0), scales);
   float out[1][width][4] = {};       // of this part
   volatile float other[width][4];    // of the one before: in local memory, because registers are short
 #pragma unroll 1
   for (int number = 0;; ++number) {  // of the tile among those of the team; a part without keys has one too
-    const int keys = keys_of_tile(count, tile);
-    const bool ends = (tile + 1) * kTileKeys >= count, last = ends && turn + 1 == p.parts_of_team;
-    const int next_turn = ends ? turn + 1 : turn, next_tile = ends ? 0 : tile + 1, next_key = next_tile * kTileKeys + thread;
-    if (locates && !last) pick = load_pick(p, part_anew(p, first + next_turn), row, next_key);
+    const int keys = keys_of_tile(count, step.tile);
+    const bool last = next.turn == p.parts_of_team;
+    if (locates && !last) {  // while the copies of this tile are on their way
+      const int number_of_next = first + next.turn, key = next.key(thread);
+      in_shared<Entry>(role.base + p.rows + (((number + 1) & 1) * kTileKeys + thread) * sizeof(Entry)) =
+          locate(p, part_anew(p, number_of_next), sequence, key, pick);
+      Step later = next;
+      later.advance(count);
+      pick = load_pick(p, Part(p, token, first + later.turn), row, later.key(thread));
+    }
     multiply_keys<kFp8, 1>(p, role, row, first_head, 0, keys, false, scales);
     role.sync(p);
-    if (locates && !last) {
-      in_shared<Entry>(role.base + p.rows + (((number + 1) & 1) * kTileKeys + thread) * sizeof(Entry)) =
-          locate(p, part_anew(p, first + next_turn), sequence, next_key, pick);
-    }
-    softmax_tile<heads, 16>(p, role, role.base + turn * heads * 4, number, tile == 0, keys);
+    softmax_tile<heads, 16>(p, role, role.base + step.turn * heads * 4, number, step.tile == 0, keys);
     role.sync(p);
-    multiply_values<1>(p, role, tile == 0, 0, keys, out);
+    multiply_values<1>(p, role, step.tile == 0, 0, keys, out);
     if (last) break;
-    if (ends) {
+    if (next.tile == 0) {
 #pragma unroll
       for (int n = 0; n < width; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) other[n][i] = out[0][n][i], out[0][n][i] = 0.0f;
     }
-    turn = next_turn, tile = next_tile;
+    step = next;
+    next.advance(count);
     role.sync(p);  // the entries have been read, and the next ones are located
-    load_tile<kFp8>(p, role, number + 1, keys_of_tile(count, tile), scales);
+    load_tile<kFp8>(p, role, number + 1, keys_of_tile(count, step.tile), scales);
   }
 
   // Two parts are joined here: both of the team, or that of each team, by the first one.
