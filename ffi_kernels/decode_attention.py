@@ -20,14 +20,13 @@ from ffi_kernels.tensor import KV_BLOCK, FP8KVCache
 # Constants of native/include/attention.cuh: entries that a CTA holds at a time, pitch of scores, channels of a warp.
 _TILE, _PITCH, _SLICE = 80, 88, 64
 _MAX_CHANNELS = 512
-_TEAMS = 2  # of a CTA, where it does not give all its warps to one part
-_TEAM_CHANNELS = 256  # from which on a team has a thread for each entry
+_LONG = 4096  # entries of one sequence from which on more parts share the work
+_TEAM_CHANNELS = 256  # from which on half of a CTA has a thread for each entry
 # CTAs that run at once on an H200, by the size of a cluster: one per SM, but its GPCs do not all divide by 4 and more.
 _CTAS = {1: 132, 2: 132, 4: 116, 8: 112, 16: 96}
-# Time of a CTA, relative. One part: that serves 16 heads, 32 heads, and each 32 heads more from entries it has decoded. Teams, 16
-# heads: that take one part each, two parts.
-_COSTS = {16: 18, 32: 25, "more": 20}
-_TEAM_COSTS = {1: 20, 2: 29}
+# Time of a CTA, relative, measured. That takes one part and serves 16 heads, 32 heads, and each 32 heads more from entries it has
+# decoded; that takes four parts and serves 16 heads.
+_COSTS = {16: 18, 32: 25, "more": 20, "four parts": 45}
 
 
 def decode_attention(
@@ -91,39 +90,36 @@ def _scale_bytes(channels: int, rope: int) -> int:
     return blocks + -blocks % 8
 
 
-def parts_of(keys: int, channels: int) -> int:
+def parts_of(keys: int) -> int:
     """Parts into which the keys of one token are divided: by the capacity of one sequence, never by the batch."""
-    most = 8 if keys <= 8 * _TILE else 16 if keys <= 4096 or channels < _TEAM_CHANNELS else 32
-    return min(most, 1 << max(0, math.ceil(keys / _TILE) - 1).bit_length())
+    if keys > _LONG:
+        return 16
+    return min(8, 1 << max(0, math.ceil(keys / _TILE) - 1).bit_length())
 
 
 class Mapping(NamedTuple):
-    """How the work on one token is laid out. No bit of the result depends on it."""
+    """What a CTA does of the work on one token. No bit of the result depends on it."""
 
-    heads: int  # that a CTA serves at a time
+    heads: int  # that it serves at a time
     passes: int  # how often, with the entries that it has decoded
-    teams: int  # that share the warps of a CTA, each with parts of its own
-    parts_of_team: int  # one after the other
-
-    def cluster(self, parts: int) -> int:
-        """CTAs that share the parts of one token."""
-        return parts // (self.teams * self.parts_of_team)
+    parts: int  # 1, or 4: two teams of its warps take two each
 
 
 def mapping_of(rows: int, heads: int, channels: int, parts: int, fits: bool) -> Mapping:
-    """What needs the least time in waves of clusters. fits: all entries of a part fit into shared memory, where they wait for more heads."""
-    groups, options = -(-heads // 32), {}
-    if parts <= 16:
-        options[Mapping(16, 1, 1, 1)] = _COSTS[16]
-        if heads > 16:
-            options[Mapping(32, 1, 1, 1)] = _COSTS[32]
-        if fits and groups > 1:
-            options[Mapping(32, groups, 1, 1)] = _COSTS[32] + _COSTS["more"] * (groups - 1)
-    if channels >= _TEAM_CHANNELS:
-        options |= {Mapping(16, 1, _TEAMS, n): cost for n, cost in _TEAM_COSTS.items() if parts >= _TEAMS * n}
+    """What needs the least time in waves of clusters.
+
+    fits: all entries of a part fit into shared memory at once, where they can wait for more heads.
+    """
+    groups, options = -(-heads // 32), {Mapping(16, 1, 1): _COSTS[16]}
+    if heads > 16:
+        options[Mapping(32, 1, 1)] = _COSTS[32]
+    if fits and groups > 1:
+        options[Mapping(32, groups, 1)] = _COSTS[32] + _COSTS["more"] * (groups - 1)
+    if fits and parts >= 4 and channels >= _TEAM_CHANNELS:
+        options[Mapping(16, 1, 4)] = _COSTS["four parts"]
 
     def time(mapping):
-        cluster = mapping.cluster(parts)
+        cluster = parts // mapping.parts
         return options[mapping] * -(-rows * -(-heads // (mapping.heads * mapping.passes)) * cluster // _CTAS[cluster])
 
     return min(options, key=time)
@@ -151,17 +147,16 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
     size, entries = jax.tree.leaves(window)[0].shape[1], 0 if compressed is None else jax.tree.leaves(compressed)[0].shape[1]
     picks = 0 if picked is None else picked.shape[-1]
     visible = entries if picked is None else picks
-    parts = parts_of(size + visible, channels)
+    parts = parts_of(size + visible)
     shares = -(-size // parts), -(-picks // parts)
     fits = shares[0] + -(-visible // parts) <= _TILE
-    mapping = mapping_of(batch * tokens, heads, channels, parts, fits)
-    group, passes, teams, parts_of_team = mapping
-    cluster, stages = mapping.cluster(parts), 1 if fits or teams > 1 else 2
+    group, passes, parts_of_cta = mapping_of(batch * tokens, heads, channels, parts, fits)
+    cluster, stages, teams = parts // parts_of_cta, 1 if fits else 2, 2 if parts_of_cta > 1 else 1
     stage_bytes = channels // _SLICE * _TILE * 2 * _SLICE
     sizes = {
         "entries": stages * stage_bytes, "output": group * channels * 4 if passes > 1 else 0, "rows": 2 * _TILE * 16,
         "scores": channels // 128 * group * _PITCH * 4, "weights": group * _PITCH * 2,
-        "factor": group * 4, "largest": parts_of_team * group * 4, "total": parts_of_team * group * 4,
+        "factor": group * 4, "largest": teams * group * 4, "total": teams * group * 4,  # a team takes two parts
     }  # fmt: skip
     *offsets, used = itertools.accumulate(sizes.values())
     if passes == 1:
@@ -180,7 +175,7 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
         ],
         scalars=[
             tokens, heads, channels, rope, size, entries, picks, max(ratio, 1).bit_length() - 1, parts.bit_length() - 1,
-            cluster.bit_length() - 1, parts_of_team, *shares, channels + rope if fp8 else 2 * channels,
+            cluster.bit_length() - 1, *shares, channels + rope if fp8 else 2 * channels,
             _scale_bytes(channels, rope) if fp8 else 0, stages, stage_bytes, team_bytes, passes, *offsets, angles, sinks,
             channels**-0.5 / math.log(2),
         ],

@@ -36,7 +36,7 @@ struct AttentionParams {
   float* lse;                         // [B, T, H] or null
   int32_t tokens, heads, channels, rope, window_size, entries, picks;  // T, H, K, R, W, C, X
   int32_t ratio_log2, parts_log2;     // parts share the keys of one token
-  int32_t cluster_log2, parts_of_team;  // CTAs that share the parts; how many a team takes one after the other, 1 or 2
+  int32_t cluster_log2;               // CTAs that share the parts: one each, or where there are teams four
   int32_t window_share, pick_share;   // of one part
   int32_t entry_bytes, scale_bytes;   // K + R and S, or 2 K and 0
   int32_t stages, stage_bytes;        // tiles in shared memory, 1 or 2; K / 64 * kSliceBytes

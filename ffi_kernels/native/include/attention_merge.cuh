@@ -47,15 +47,15 @@ struct Join {
 DSV4_D float join(float a, float a_factor, float b, float b_factor) { return __fadd_rn(__fmul_rn(a, a_factor), __fmul_rn(b, b_factor)); }
 
 // Sum over the parts, joined in pairs and then in order, of their outputs at `from`, times what brings them to the largest score
-// of all. `largest` and `total` lie beside: those of all parts come back. Each of the slots, of which a CTA has kOwn (in the
-// shared memory of its teams), holds a part, or where kJoined a pair.
-template <int kOwn, int kSlots, bool kJoined>
+// of all. `largest` and `total` lie beside: those of all parts come back. Each of the slots, of which a CTA has one for each
+// team, holds a part, or where there are teams the pair that one took.
+template <int kTeams, int kSlots>
 DSV4_D float4 sum_slots(const AttentionParams& p, uint32_t from, uint32_t largest_at, uint32_t total_at, float& most, float& total) {
-  constexpr bool joins = !kJoined && kSlots > 1;
+  constexpr bool joins = kTeams == 1 && kSlots > 1;
   constexpr int kPairs = joins ? kSlots / 2 : kSlots, kAtOnce = kSlots < 8 ? kSlots : 8;
-  const uint32_t slot = lane_id() % kSlots, beside = slot % kOwn * p.team_bytes;  // lanes share out the statistics
-  float largest = load_peer(peer_address(largest_at + beside, slot / kOwn)), own = 0.0f, other = 0.0f;
-  total = load_peer(peer_address(total_at + beside, slot / kOwn));
+  const uint32_t slot = lane_id() % kSlots, beside = slot % kTeams * p.team_bytes;  // lanes share out the statistics
+  float largest = load_peer(peer_address(largest_at + beside, slot / kTeams)), own = 0.0f, other = 0.0f;
+  total = load_peer(peer_address(total_at + beside, slot / kTeams));
   if (joins) {
     const Join both(largest, __shfl_xor_sync(kAll, largest, 1));
     total = both.total(total, __shfl_xor_sync(kAll, total, 1));
@@ -73,7 +73,7 @@ DSV4_D float4 sum_slots(const AttentionParams& p, uint32_t from, uint32_t larges
   for (int first = 0; first < kSlots; first += kAtOnce) {
     float4 outs[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) outs[i] = load_peer4(peer_address(from + (first + i) % kOwn * p.team_bytes, (first + i) / kOwn));
+    for (int i = 0; i < kAtOnce; ++i) outs[i] = load_peer4(peer_address(from + (first + i) % kTeams * p.team_bytes, (first + i) / kTeams));
 #pragma unroll
     for (int i = 0; i < kAtOnce; i += joins ? 2 : 1) {
       float4 x = outs[i];
@@ -92,8 +92,9 @@ DSV4_D float4 sum_slots(const AttentionParams& p, uint32_t from, uint32_t larges
 
 // For this CTA's share of the heads: sums the parts, divides, rotates back, stores. A thread takes 4 channels of every
 // fourth head. Arrives at the barrier of the cluster once it has read all parts, before it stores: the arrival would wait for that.
-template <int kHeads, int kSplit, int kOwn, bool kJoined>
+template <int kHeads, int kSplit>
 DSV4_D void merge(const AttentionParams& p, int row, int first_head, int pass, int rank) {
+  constexpr int teams = 4 / kSplit;
   const int share = kHeads >> p.cluster_log2, width = p.channels / 4, thread = threadIdx.x;
   const int group = (thread >= width) + (thread >= 2 * width) + (thread >= 3 * width);
   const int channel = 4 * (thread - group * width);
@@ -108,11 +109,11 @@ DSV4_D void merge(const AttentionParams& p, int row, int first_head, int pass, i
     float most, total;
     float4 sum;
     switch (p.cluster_log2) {
-      case 0: sum = sum_slots<kOwn, kOwn, kJoined>(p, from, largest_at, total_at, most, total); break;
-      case 1: sum = sum_slots<kOwn, 2 * kOwn, kJoined>(p, from, largest_at, total_at, most, total); break;
-      case 2: sum = sum_slots<kOwn, 4 * kOwn, kJoined>(p, from, largest_at, total_at, most, total); break;
-      case 3: sum = sum_slots<kOwn, 8 * kOwn, kJoined>(p, from, largest_at, total_at, most, total); break;
-      default: sum = sum_slots<kOwn, 16 * kOwn, kJoined>(p, from, largest_at, total_at, most, total);
+      case 0: sum = sum_slots<teams, teams>(p, from, largest_at, total_at, most, total); break;
+      case 1: sum = sum_slots<teams, 2 * teams>(p, from, largest_at, total_at, most, total); break;
+      case 2: sum = sum_slots<teams, 4 * teams>(p, from, largest_at, total_at, most, total); break;
+      case 3: sum = sum_slots<teams, 8 * teams>(p, from, largest_at, total_at, most, total); break;
+      default: sum = sum_slots<teams, 16 * teams>(p, from, largest_at, total_at, most, total);
     }
     if (local + 4 >= end) cluster_arrive();
     const size_t to = size_t(row) * p.heads + head;
