@@ -22,7 +22,8 @@ _TILE, _PITCH, _SLICE = 80, 88, 64
 _MAX_CHANNELS = 512
 _LONG = 4096  # entries of one sequence from which on more parts share the work
 _TEAM_CHANNELS = 256  # from which on half of a CTA has a thread for each entry
-# CTAs that run at once on an H200, by the size of a cluster: one per SM, but its GPCs do not all divide by 4 and more.
+# CTAs that run at once on an H200, by the size of a cluster: one per SM, but its GPCs do not all divide by 4 and more. Measured for
+# 8, guessed for 4 and 16 from GPCs that fit it.
 _CTAS = {1: 132, 2: 132, 4: 116, 8: 112, 16: 96}
 # Time of a CTA, relative, measured. That takes one part and serves 16 heads, 32 heads, and each 32 heads more from entries it has
 # decoded; that takes four parts and serves 16 heads.
