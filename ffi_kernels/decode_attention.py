@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,14 @@ from ffi_kernels.tensor import KV_BLOCK, FP8KVCache
 # Constants of native/include/attention.cuh: entries that a CTA holds at a time, pitch of scores, channels of a warp.
 _TILE, _PITCH, _SLICE = 80, 88, 64
 _MAX_CHANNELS = 512
-_LONG = 4096  # entries of one sequence from which on more CTAs share the work
-_CTAS = 112  # that run at once in clusters on an H200: one per SM, but its GPCs do not all divide by 8
-# Time of a CTA that serves 16 heads, 32 heads, and each 32 heads more from entries it has decoded: measured, relative.
-_COSTS = {16: 18, 32: 25, "more": 20}
+_LONG = 4096  # entries of one sequence from which on more parts share the work
+_TEAM_CHANNELS = 256  # from which on half of a CTA has a thread for each entry
+# CTAs that run at once on an H200, by the size of a cluster: one per SM, but its GPCs do not all divide by 4 and more. Measured for
+# 8, guessed for 4 and 16 from GPCs that fit it.
+_CTAS = {1: 132, 2: 132, 4: 116, 8: 112, 16: 96}
+# Time of a CTA, relative, measured. That takes one part and serves 16 heads, 32 heads, and each 32 heads more from entries it has
+# decoded; that takes four parts and serves 16 heads.
+_COSTS = {16: 18, 32: 25, "more": 20, "four parts": 45}
 
 
 def decode_attention(
@@ -87,27 +92,38 @@ def _scale_bytes(channels: int, rope: int) -> int:
 
 
 def parts_of(keys: int) -> int:
-    """CTAs that share the keys of one token: by the capacity of one sequence, never by the batch."""
+    """Parts into which the keys of one token are divided: by the capacity of one sequence, never by the batch."""
     if keys > _LONG:
         return 16
     return min(8, 1 << max(0, math.ceil(keys / _TILE) - 1).bit_length())
 
 
-def heads_of_cta(rows: int, heads: int, parts: int, fits: bool) -> tuple[int, int]:
-    """(heads that a CTA serves at a time, how often): what needs the least time in waves of clusters. No bit depends on it.
+class Mapping(NamedTuple):
+    """What a CTA does of the work on one token. No bit of the result depends on it."""
 
-    fits: all entries of a CTA fit into shared memory, where they wait for the next heads.
+    heads: int  # that it serves at a time
+    passes: int  # how often, with the entries that it has decoded
+    parts: int  # 1, or 4: two teams of its warps take two each
+
+
+def mapping_of(rows: int, heads: int, channels: int, parts: int, fits: bool) -> Mapping:
+    """What needs the least time in waves of clusters.
+
+    fits: all entries of a part fit into shared memory at once, where they can wait for more heads.
     """
-    groups = -(-heads // 32)
-    options = [(_COSTS[16], 16, 1), (_COSTS[32], 32, 1)]
+    groups, options = -(-heads // 32), {Mapping(16, 1, 1): _COSTS[16]}
+    if heads > 16:
+        options[Mapping(32, 1, 1)] = _COSTS[32]
     if fits and groups > 1:
-        options.append((_COSTS[32] + _COSTS["more"] * (groups - 1), 32, groups))
+        options[Mapping(32, groups, 1)] = _COSTS[32] + _COSTS["more"] * (groups - 1)
+    if fits and parts >= 4 and channels >= _TEAM_CHANNELS:
+        options[Mapping(16, 1, 4)] = _COSTS["four parts"]
 
-    def time(option):
-        cost, group, passes = option
-        return cost * -(-rows * -(-heads // (group * passes)) * parts // _CTAS)
+    def time(mapping):
+        cluster = parts // mapping.parts
+        return options[mapping] * -(-rows * -(-heads // (mapping.heads * mapping.passes)) * cluster // _CTAS[cluster])
 
-    return min(options if heads > 16 else options[:1], key=time)[1:]
+    return min(options, key=time)
 
 
 @native("decode_attention")
@@ -134,29 +150,34 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
     visible = entries if picked is None else picks
     parts = parts_of(size + visible)
     shares = -(-size // parts), -(-picks // parts)
-    stages = 1 if shares[0] + -(-visible // parts) <= _TILE else 2
-    group, passes = heads_of_cta(batch * tokens, heads, parts, stages == 1)
+    fits = shares[0] + -(-visible // parts) <= _TILE
+    group, passes, parts_of_cta = mapping_of(batch * tokens, heads, channels, parts, fits)
+    cluster, stages, teams = parts // parts_of_cta, 1 if fits else 2, 2 if parts_of_cta > 1 else 1
     stage_bytes = channels // _SLICE * _TILE * 2 * _SLICE
     sizes = {
         "entries": stages * stage_bytes, "output": group * channels * 4 if passes > 1 else 0, "rows": 2 * _TILE * 16,
         "scores": channels // 128 * group * _PITCH * 4, "weights": group * _PITCH * 2,
-        "factor": group * 4, "largest": group * 4, "total": group * 4, "angles": rope * 4,
+        "factor": group * 4, "largest": teams * group * 4, "total": teams * group * 4,  # a team takes two parts
     }  # fmt: skip
-    *offsets, shared_bytes = itertools.accumulate(sizes.values())
+    *offsets, used = itertools.accumulate(sizes.values())
     if passes == 1:
         offsets[0] = 0  # the output takes the place of the entries
+    team_bytes = -(-used // 256) * 256
+    angles = teams * team_bytes
+    sinks = angles + rope * 4
     results = launch(
-        "decode_attention", "attention", f"decode_attention_{'fp8' if fp8 else 'bf16'}_{group}",
-        grid=(parts * tokens, -(-heads // (group * passes)), batch), block=channels, cluster=(parts, 1, 1),
-        shared_bytes=shared_bytes,
+        "decode_attention", "attention", f"decode_attention_{'fp8' if fp8 else 'bf16'}_{'teams' if teams > 1 else group}",
+        grid=(cluster * tokens, -(-heads // (group * passes)), batch), block=channels, cluster=(cluster, 1, 1),
+        shared_bytes=sinks + group * passes * 4,
         inputs=[q, *arrays(window), *arrays(fresh), *arrays(compressed), picked, sink, start, length, cos, sin],
         outputs=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, tokens, heads), jnp.float32) if return_lse else None,
         ],
         scalars=[
-            tokens, heads, channels, rope, size, entries, picks, max(ratio, 1).bit_length() - 1, parts.bit_length() - 1, *shares,
-            channels + rope if fp8 else 2 * channels, _scale_bytes(channels, rope) if fp8 else 0, stages, stage_bytes, passes, *offsets,
+            tokens, heads, channels, rope, size, entries, picks, max(ratio, 1).bit_length() - 1, parts.bit_length() - 1,
+            cluster.bit_length() - 1, *shares, channels + rope if fp8 else 2 * channels,
+            _scale_bytes(channels, rope) if fp8 else 0, stages, stage_bytes, team_bytes, passes, *offsets, angles, sinks,
             channels**-0.5 / math.log(2),
         ],
     )  # fmt: skip

@@ -18,6 +18,7 @@ from sim_launches import Launch, record
 import ffi_kernels as ops
 from expert_weights import random_weight
 from ffi_kernels.compressor import Compression, attention_inputs_and_compress, compress_append
+from ffi_kernels.decode_attention import Mapping
 from ffi_kernels.entries import attention_inputs, commit_rows, queries
 
 BF16, F32, EPS, ROPE = ml_dtypes.bfloat16, np.float32, 1e-6, 64
@@ -349,17 +350,19 @@ def attention(kind, form, heads, channels, shape, tokens=2, window=21, entries=3
         normal(batch, tokens, heads, channels), cache(window), cache(tokens), None if kind == "window" else cache(entries), picked,
         RNG.standard_normal(heads).astype(F32), starts, lengths, *angles(batch, tokens, rope=rope),
     )  # fmt: skip
-    heads_of_cta = lambda rows, n, parts, fits: shape if fits else (shape[0], 1)  # noqa: E731
-    with changed("decode_attention", heads_of_cta=heads_of_cta, parts_of=lambda keys: parts):
+    mapping = Mapping(*shape)
+    with changed("decode_attention", mapping_of=lambda *of: mapping, parts_of=lambda keys: parts):
         return record(lambda *x: ops.decode_attention(*x, ratio={"window": 0, "csa": 4, "hca": 128}[kind], return_lse=True), *args)
 
 
-case("attention fp8 csa")(lambda: attention("csa", "fp8", 8, 128, (16, 1), window=16, entries=40, picks=24))
-case("attention fp8 hca 32")(lambda: attention("hca", "fp8", 35, 256, (32, 2)))
-case("attention fp8 tiles")(lambda: attention("csa", "fp8", 19, 128, (16, 1), tokens=1, window=40, entries=400, picks=380, parts=2))
-case("attention bf16 hca parts")(lambda: attention("hca", "bf16", 8, 128, (16, 1), tokens=1, window=40, entries=63, parts=4))
-case("attention bf16 window")(lambda: attention("window", "bf16", 8, 128, (16, 1)))
-case("attention bf16 csa 32")(lambda: attention("csa", "bf16", 19, 256, (32, 1), tokens=1))
+case("attention fp8 csa")(lambda: attention("csa", "fp8", 8, 128, (16, 1, 1), window=16, entries=40, picks=24))
+case("attention fp8 hca 32")(lambda: attention("hca", "fp8", 35, 256, (32, 2, 1)))
+case("attention fp8 tiles")(lambda: attention("csa", "fp8", 19, 128, (16, 1, 1), tokens=1, window=40, entries=400, picks=380, parts=2))
+case("attention bf16 hca parts")(lambda: attention("hca", "bf16", 8, 128, (16, 1, 1), tokens=1, window=40, entries=63, parts=4))
+case("attention bf16 window")(lambda: attention("window", "bf16", 8, 128, (16, 1, 1)))
+case("attention bf16 csa 32")(lambda: attention("csa", "bf16", 19, 256, (32, 1, 1), tokens=1))
+case("attention fp8 teams")(lambda: attention("csa", "fp8", 19, 256, (16, 1, 4), tokens=1, window=80, entries=400, picks=500, parts=8))
+case("attention bf16 teams")(lambda: attention("hca", "bf16", 8, 256, (16, 1, 4), window=40, entries=150, parts=4))
 
 
 # name: M, N, K, dtype. With 4 CTAs, or 2 pairs, each takes several tiles, of which the last is ragged, and its ring turns over

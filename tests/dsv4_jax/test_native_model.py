@@ -3,6 +3,8 @@
 On the interpreter a few tokens of the embedded model; on a GPU hundreds. Prompts run on `xla` on every backend.
 """
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -49,9 +51,9 @@ def test_the_step_runs_on_native_kernels_alone(backend):
     with ops.backend(backend):
         text = dsv4.model._decode_step.lower(model, np.zeros(1, np.int32), state, backend).as_text()
     layers = model.config.num_hidden_layers
-    calls = text.count("stablehlo.custom_call @dsv4.")
-    assert f"@dsv4.decode_attention.{backend}" in text and "stablehlo.dot_general" not in text
-    assert calls <= 18 * layers, f"{calls} launches for {layers} layers"
+    calls, launches = text.count("stablehlo.custom_call @dsv4."), sum(map(int, re.findall(r"\blaunches = (\d+)", text)))
+    assert '"decode_attention_fp8_' in text and f"@dsv4.chain.{backend}" in text and "stablehlo.dot_general" not in text
+    assert calls <= 2 * layers and launches <= 18 * layers, f"{calls} custom calls of {launches} launches for {layers} layers"
 
 
 def step_logits(model, backend, ids, tokens):

@@ -198,14 +198,20 @@ def test_refusals(backend, change, sentence):
         ops.decode_attention(*arguments, ratio=4)
 
 
-@pytest.mark.parametrize("kind", RATIO)
+@pytest.mark.parametrize("parts", [4, 8])
+@pytest.mark.parametrize("kind, form", [("window", "fp8"), ("csa", "fp8"), ("csa", "bf16"), ("hca", "fp8")])
 @pytest.mark.parametrize("model", ["odd", "flash"], indirect=True)
-def test_bits_do_not_depend_on_the_heads_of_a_cta(model, kind, monkeypatch):
-    """CTAs of 16 heads, of 32, and of 32 after 32."""
-    arguments = inputs(model, kind, "fp8", [5, 1000], [1, 1], 1)
+def test_bits_do_not_depend_on_the_mapping(model, kind, form, parts, monkeypatch):
+    """CTAs of 16 heads, of 32, and of 32 after 32; with four parts."""
+    arguments = inputs(model, kind, form, [5, 1000, 40], [1, 2, 2], 2)
     module, results = sys.modules["ffi_kernels.decode_attention"], []
-    for shape in ((16, 1), (32, 1), (32, 2)):
-        monkeypatch.setattr(module, "heads_of_cta", lambda rows, heads, parts, fits, shape=shape: shape if fits else (shape[0], 1))
+    monkeypatch.setattr(module, "parts_of", lambda keys: parts)
+    for shape in ((16, 1, 1), (32, 1, 1), (32, 2, 1), (16, 1, 4)):
+
+        def mapping_of(rows, heads, channels, parts, fits, shape=shape):
+            return module.Mapping(*(shape if fits else (shape[0], 1, 1)))
+
+        monkeypatch.setattr(module, "mapping_of", mapping_of)
         results.append(native(kind, arguments))
     for other in results[1:]:
         assert_bits(other[0], results[0][0])

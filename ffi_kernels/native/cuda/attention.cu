@@ -1,16 +1,18 @@
 // Attention of 1..4 new tokens per sequence over the window and the chosen compressed entries, from a query to the
 // rotated-back output, in one launch. Contract: ffi_kernels/decode_attention.py.
 //
-// A cluster serves one token and a group of heads: its CTAs share out the keys, keep an online softmax each, and merge
-// by distributed shared memory in rank order. Grid (parts T, head groups, B), cluster (parts, 1, 1).
-// Inside a CTA, for each tile of 80 keys:
-//   product with K   a pair of slices (128 channels) has kSplit warps, which take groups of 8 keys in turn: stored bytes
+// A cluster serves one token and a group of heads. The keys are divided into parts, each with an online softmax of its own; a CTA
+// takes one of them, or four, and those of a cluster are merged by distributed shared memory. Grid (C T, head groups, B), cluster
+// (C, 1, 1).
+// For each tile of 80 keys:
+//   product with K   a pair of slices (128 channels) has kSplit warps of a team, which take groups of 8 keys in turn: stored bytes
 //                    -> bf16 fragments in registers -> partial scores; the bf16 entries stay in shared memory
 //   softmax          sum of the partial scores in channel order, running maximum and sum of each head
 //   product with V   a warp has 128 / kSplit channels and all keys
 // A CTA may serve several groups of heads in turn; entries that fit in one tile are then decoded once.
-// Each token and head goes through the same sums in the same order whatever else is in the launch, in every variant.
-#include "attention_merge.cuh"
+// Each token and head goes through the same sums in the same order whatever else is in the launch, in every mapping: parts
+// are joined in pairs of neighbours, and the pairs added in order.
+#include "attention_tile.cuh"
 #include "dependent.cuh"
 
 namespace dsv4 {
@@ -27,254 +29,52 @@ DSV4_D void copy_async_4(uint32_t shared_address, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address), "l"(from) : "memory");
 }
 
-// Whether a slice of channels is stored as e4m3.
-template <bool kFp8>
-DSV4_D bool in_fp8(const AttentionParams& p, int slice) {
-  return kFp8 && slice * kSlice < p.channels - p.rope;
-}
-
-// The role of this thread.
-struct Role {
-  int warp, lane, g, c;  // g = lane / 4, c = lane % 4
-  int pair, turn;        // in the product with K
-
-  DSV4_D Role() : warp(warp_id()), lane(lane_id()), g(lane / 4), c(lane % 4), pair(warp / kSplit), turn(warp % kSplit) {}
-  // The key, within a tile, of lane group g in a round.
-  DSV4_D int key(int round) const { return 8 * (round * kSplit + turn) + g; }
-};
-
-DSV4_D int keys_of_tile(int count, int tile) {  // rounded up to whole groups of 16
-  return min(kTileKeys, (count - tile * kTileKeys + 15) & ~15);
-}
-
-// Starts the copies of one tile: the two slices and the groups of 8 keys that this warp multiplies with q. Lane (g, c)
-// copies just what it will read itself. Raw e4m3 rows of 64 bytes lie in either half of their bf16 row by parity.
-template <bool kFp8>
-DSV4_D void load_tile(const AttentionParams& p, const Role& role, int tile, int keys, uint32_t (&scales)[kRounds]) {
-  const int nope = kFp8 ? p.channels - p.rope : 0, c = role.c, g = role.g, first = 2 * role.pair;
-  const uint32_t rows = p.rows + ((tile & 1) * kTileKeys + role.key(0)) * sizeof(Entry);
-  const uint32_t to = address_in_shared((p.stages == 2 ? tile & 1 : 0) * p.stage_bytes + first * kSliceBytes + role.key(0) * kRowBytes);
-  const uint32_t raw = to + 16 * (c + 4 * (g & 1)), low = to + 16 * ((2 * c) ^ g), high = to + 16 * ((2 * c + 1) ^ g);
-  const bool fp8[2] = {in_fp8<kFp8>(p, first), in_fp8<kFp8>(p, first + 1)};
-  const int offset[2] = {fp8[0] ? first * kSlice + 16 * c : nope + 2 * (first * kSlice - nope) + 32 * c,
-                         fp8[1] ? (first + 1) * kSlice + 16 * c : nope + 2 * ((first + 1) * kSlice - nope) + 32 * c};
-#pragma unroll
-  for (int n = 0; n < kRounds; ++n) {
-    if (role.key(n) >= keys) continue;  // the same for all lanes
-    const Entry entry = in_shared<Entry>(rows + n * (8 * kSplit * sizeof(Entry)));
-    const bool present = entry.data != nullptr;
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      const uint32_t at = n * (8 * kSplit * kRowBytes) + s * kSliceBytes;
-      const uint8_t* from = entry.data + offset[s];
-      copy_async_16((fp8[s] ? raw : low) + at, from, present);
-      if (!fp8[s]) copy_async_16(high + at, from + 16, present);
-    }
-    if (kFp8) scales[n] = present ? *reinterpret_cast<const uint16_t*>(entry.scale + first) : 0x7F7Fu;
-  }
-  copy_async_commit();
-}
-
-// Fragments of q in slice s of the pair: lane (g, c) holds channels 16 c .. 16 c + 15 for heads g and g + 8 of each tile of
-// 16, like those of the entries. Loaded for each tile anew (from L1), because the output needs the registers.
-template <int kHeadTiles>
-DSV4_D void load_queries(const AttentionParams& p, const Role& role, int row, int first_head, int s, uint32_t (&q)[kHeadTiles][16]) {
-#pragma unroll
-  for (int m = 0; m < kHeadTiles; ++m)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int head = min(first_head + 16 * m + role.g + 8 * i, p.heads - 1);  // nothing is stored of a head too many
-      const size_t at = (size_t(row) * p.heads + head) * p.channels + (2 * role.pair + s) * kSlice + 16 * role.c;
-      const uint4* from = reinterpret_cast<const uint4*>(p.q + at);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 words = from[half];
-        q[m][8 * half + i] = words.x, q[m][8 * half + 2 + i] = words.y;
-        q[m][8 * half + 4 + i] = words.z, q[m][8 * half + 6 + i] = words.w;
-      }
-    }
-}
-
-// sum += q[heads, one slice] times the warp's groups of keys. Leaves bf16 entries behind. Lane (g, c) has channels
-// 16 c .. 16 c + 15 of key g, in e4m3 or in bf16; `row` is that key's row of the slice.
-template <bool kFp8, int kHeadTiles>
-DSV4_D void multiply_slice(const Role& role, uint32_t row, int s, int keys, const uint32_t (&q)[kHeadTiles][16],
-                           const uint32_t (&scales)[kRounds], float (&sum)[kRounds][kHeadTiles][4]) {
-  constexpr int kRound = 8 * kSplit * kRowBytes;
-  const int g = role.g, c = role.c;
-  const uint32_t raw_at = row + 16 * (c + 4 * (g & 1)), low_at = row + 16 * ((2 * c) ^ g), high_at = row + 16 * ((2 * c + 1) ^ g);
-  constexpr int kAhead = kHeadTiles == 1 ? kRounds : 1;  // raw rows at a time, as registers allow
-  uint4 raw[kAhead];
-#pragma unroll
-  for (int n = 0; n < kRounds; ++n) {
-    if (kFp8 && n % kAhead == 0) {
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (role.key(n + i) < keys) raw[i] = in_shared<uint4>(raw_at + (n + i) * kRound);
-      __syncwarp();  // every lane has read its part of the raw rows
-    }
-    if (role.key(n) >= keys) continue;
-    uint4 &low = in_shared<uint4>(low_at + n * kRound), &high = in_shared<uint4>(high_at + n * kRound);
-    uint32_t b[8];
-    if (kFp8) {
-      decode_e4m3(raw[n % kAhead], (scales[n] >> (8 * s)) & 0xFFu, b);
-      low = {b[0], b[1], b[2], b[3]};
-      high = {b[4], b[5], b[6], b[7]};
-    } else {
-      b[0] = low.x, b[1] = low.y, b[2] = low.z, b[3] = low.w;
-      b[4] = high.x, b[5] = high.y, b[6] = high.z, b[7] = high.w;
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-      for (int m = 0; m < kHeadTiles; ++m)
-        mma_bf16(sum[n][m], q[m][4 * j], q[m][4 * j + 1], q[m][4 * j + 2], q[m][4 * j + 3], b[2 * j], b[2 * j + 1]);
-  }
-}
-
-// Partial scores of one tile over the 128 channels of the warp's pair, for its groups of keys.
-template <bool kFp8, int kHeadTiles>
-DSV4_D void multiply_keys(const AttentionParams& p, const Role& role, int row, int first_head, int stage, int keys, bool decoded,
-                          const uint32_t (&scales)[kRounds]) {
-  float sum[kRounds][kHeadTiles][4] = {};
-  uint32_t q[2][kHeadTiles][16];
-  load_queries(p, role, row, first_head, 0, q[0]);
-  if (kHeadTiles == 1) load_queries(p, role, row, first_head, 1, q[1]);
-  copy_async_wait<0>();
-#pragma unroll
-  for (int s = 0; s < 2; ++s) {
-    const uint32_t entries = stage * p.stage_bytes + (2 * role.pair + s) * kSliceBytes + role.key(0) * kRowBytes;
-    if (!decoded && in_fp8<kFp8>(p, 2 * role.pair + s))
-      multiply_slice<true>(role, entries, s, keys, q[s], scales, sum);
-    else
-      multiply_slice<false>(role, entries, s, keys, q[s], scales, sum);
-    if (kHeadTiles > 1 && s == 0) load_queries(p, role, row, first_head, 1, q[1]);
-  }
-  const uint32_t to = p.scores + ((role.pair * 16 * kHeadTiles + role.g) * kPitch + 8 * role.turn + 2 * role.c) * 4;
-#pragma unroll
-  for (int n = 0; n < kRounds; ++n) {
-    if (role.key(n) >= keys) continue;
-#pragma unroll
-    for (int m = 0; m < kHeadTiles; ++m)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        in_shared<float2>(to + ((16 * m + 8 * i) * kPitch + n * 8 * kSplit) * 4) = {sum[n][m][2 * i], sum[n][m][2 * i + 1]};
-  }
-}
-
-// Scores of one tile -> weights in bf16 relative to the running maximum; updates largest, total and factor. Weights are
-// added over keys that are equal modulo 32, and these sums in a tree: the same whatever the number of lanes per head.
-template <int kHeads, int kLanes>
-DSV4_D void softmax_tile(const AttentionParams& p, int tile, int keys) {
-  constexpr int classes = 32 / kLanes, steps = (kTileKeys + 31) / 32;
-  const int lane = lane_id() % kLanes, pairs = p.channels / 128;
-#pragma unroll 1
-  for (int head = threadIdx.x / kLanes; head < kHeads; head += blockDim.x / kLanes) {
-    const float before = tile ? in_shared<float>(p.largest + 4 * head) : -infinity();
-    const float total = tile ? in_shared<float>(p.total + 4 * head) : 0.0f;
-    const uint32_t from = p.scores + head * kPitch * 4, to = p.weights + head * kPitch * 2;
-    float score[steps][classes], largest = before;
-#pragma unroll
-    for (int i = 0; i < steps; ++i)
-#pragma unroll
-      for (int k = 0; k < classes; ++k) {
-        const int key = 32 * i + kLanes * k + lane;
-        score[i][k] = -infinity();
-        if (key < keys && in_shared<uint64_t>(p.rows + ((tile & 1) * kTileKeys + key) * sizeof(Entry))) {
-          float sum = in_shared<float>(from + 4 * key);
-#pragma unroll
-          for (int pair = 1; pair < kMaxPairs; ++pair)
-            if (pair < pairs) sum += in_shared<float>(from + 4 * (pair * kHeads * kPitch + key));
-          score[i][k] = sum * p.score_scale;
-        }
-        largest = fmaxf(largest, score[i][k]);
-      }
-#pragma unroll
-    for (int offset = kLanes / 2; offset; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, offset));
-    const float base = base_of(largest);
-    float sums[classes] = {};
-#pragma unroll
-    for (int i = 0; i < steps; ++i)
-#pragma unroll
-      for (int k = 0; k < classes; ++k) {
-        const int key = 32 * i + kLanes * k + lane;
-        const float weight = exp2(score[i][k] - base);
-        sums[k] += weight;
-        if (key < kTileKeys) in_shared<uint16_t>(to + 2 * key) = float_to_bf16(weight);
-      }
-#pragma unroll
-    for (int half = classes / 2; half; half /= 2)
-#pragma unroll
-      for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
-    const float sum = warp_sum<kLanes>(sums[0]);
-    if (lane == 0) {
-      const float factor = rescale(before, largest);
-      in_shared<float>(p.factor + 4 * head) = factor;
-      in_shared<float>(p.largest + 4 * head) = largest;
-      in_shared<float>(p.total + 4 * head) = total * factor + sum;
-    }
-  }
-}
-
-// Groups of 16 keys whose entries are read while the softmax waits, as registers allow.
-template <int kHeadTiles>
-constexpr int kEarlyGroups = kHeadTiles == 1 ? 3 : 0;
-
-// Fragments of the tile's entries for the product with V: the warp's channels of 16 keys.
-DSV4_D void load_values(const AttentionParams& p, const Role& role, int stage, int n, uint32_t (&values)[kPart / 16][4]) {
-  const int lane = role.lane, channel = role.warp * kPart;
-  const uint32_t row = address_in_shared(stage * p.stage_bytes + channel / kSlice * kSliceBytes) + (16 * n + lane % 16) * kRowBytes;
-#pragma unroll
-  for (int j = 0; j < kPart / 16; ++j)
-    load_matrices_transposed(values[j], row + 16 * ((channel % kSlice / 8 + 2 * j + lane / 16) ^ (lane % 8)));
-}
-
-// out[heads, channels of the warp] = out * factor + weights times the tile's entries, of which the first are in `early`.
-template <int kHeadTiles>
-DSV4_D void multiply_values(const AttentionParams& p, const Role& role, int tile, int stage, int keys,
-                            const uint32_t (&early)[kTileKeys / 16][kPart / 16][4], float (&out)[kHeadTiles][kPart / 8][4]) {
-  constexpr int kEarly = kEarlyGroups<kHeadTiles>;
-  if (tile) {
-#pragma unroll
-    for (int m = 0; m < kHeadTiles; ++m) {
-      const float low = in_shared<float>(p.factor + 4 * (16 * m + role.g)), high = in_shared<float>(p.factor + 4 * (16 * m + role.g + 8));
-#pragma unroll
-      for (int n = 0; n < kPart / 8; ++n) out[m][n][0] *= low, out[m][n][1] *= low, out[m][n][2] *= high, out[m][n][3] *= high;
-    }
-  }
-  const uint32_t weights = address_in_shared(p.weights) + ((role.lane % 16) * kPitch + (role.lane / 16) * 8) * 2;
-#pragma unroll
-  for (int n = 0; n < kTileKeys / 16; ++n) {
-    if (16 * n >= keys) continue;
-    uint32_t a[kHeadTiles][4], late[kPart / 16][4];
-#pragma unroll
-    for (int m = 0; m < kHeadTiles; ++m) load_matrices(a[m], weights + (16 * m * kPitch + 16 * n) * 2);
-    if (n >= kEarly) load_values(p, role, stage, n, late);
-#pragma unroll
-    for (int j = 0; j < kPart / 8; ++j)
-#pragma unroll
-      for (int m = 0; m < kHeadTiles; ++m)
-      {
-        const uint32_t* b = (n < kEarly ? early[n][j / 2] : late[j / 2]) + 2 * (j % 2);
-        mma_bf16(out[m][j], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
-      }
-  }
+// Tells the L2 cache that an entry will be copied.
+DSV4_D void announce(const AttentionParams& p, const Entry& entry) {
+  if (entry.data == nullptr) return;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(entry.data), "r"(p.entry_bytes) : "memory");
 }
 
 // The part, computed where it is needed: kept in registers it would make the products spill.
-DSV4_D Part part_anew(const AttentionParams& p) {
-  int token = blockIdx.x >> p.parts_log2, rank = blockIdx.x & ((1 << p.parts_log2) - 1);
-  asm volatile("" : "+r"(token), "+r"(rank));
-  Part part(p, token, rank);
-  part.set_position(p, load_now(p.start + blockIdx.z), rank);
+DSV4_D Part part_anew(const AttentionParams& p, int number) {
+  int token = blockIdx.x >> p.cluster_log2;
+  asm volatile("" : "+r"(token), "+r"(number));
+  Part part(p, token, number);
+  part.set_position(p, load_now(p.start + blockIdx.z), number);
   return part;
 }
 
+// What the merge will need: the angles, and the sinks of the CTA's heads.
+DSV4_D void load_constants(const AttentionParams& p, int row, int heads) {
+  for (int i = threadIdx.x; i < p.rope / 2; i += blockDim.x) {
+    copy_async_4(address_in_shared(p.angles + 4 * i), p.cos + size_t(row) * (p.rope / 2) + i);
+    copy_async_4(address_in_shared(p.angles + 2 * p.rope + 4 * i), p.sin + size_t(row) * (p.rope / 2) + i);
+  }
+  for (int i = threadIdx.x; i < heads * p.passes; i += blockDim.x)
+    copy_async_4(address_in_shared(p.sinks + 4 * i), p.sink + min(int(blockIdx.y) * heads * p.passes + i, p.heads - 1));
+}
+
+// Leaves the output of the team, where the entries were or behind them, for the merge.
+template <int kHeadTiles, int kSplit>
+DSV4_D void store_output(const AttentionParams& p, const Role<kSplit>& role, const float (&out)[kHeadTiles][kPart<kSplit> / 8][4]) {
+  constexpr int width = kPart<kSplit>;
+  const int channel = role.warp * width + (2 * role.c & ~3);
+  const uint32_t to = role.base + p.output + output_at<16 * kHeadTiles, kSplit>(role.g, channel) + (2 * role.c & 2) * 4;
+#pragma unroll
+  for (int m = 0; m < kHeadTiles; ++m)
+#pragma unroll
+    for (int n = 0; n < width / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        in_shared<float2>((to ^ (32 * n)) + (16 * m + 8 * i) * width * 4) = {out[m][n][2 * i], out[m][n][2 * i + 1]};
+}
+
+// A part to a CTA, all warps at one tile.
 template <bool kFp8, int kHeadTiles>
 DSV4_D void attend(const AttentionParams& p) {
   constexpr int heads = 16 * kHeadTiles;
-  const Role role;
-  const int sequence = blockIdx.z, token = blockIdx.x >> p.parts_log2, rank = blockIdx.x & ((1 << p.parts_log2) - 1), thread = threadIdx.x;
+  const Role<4> role(p);
+  const int sequence = blockIdx.z, token = blockIdx.x >> p.cluster_log2, rank = blockIdx.x & ((1 << p.cluster_log2) - 1), thread = threadIdx.x;
   const int row = sequence * p.tokens + token;
   Part part(p, token, rank);
   const bool locates = thread < kTileKeys;  // entry `thread` of each tile
@@ -283,30 +83,26 @@ DSV4_D void attend(const AttentionParams& p) {
   if (token >= length) return store_nothing<heads>(p, row, rank);
   part.set_position(p, start, rank);
   const int count = part.count(), tiles = (count + kTileKeys - 1) / kTileKeys;
-  for (int i = thread; i < p.rope / 2; i += blockDim.x) {
-    copy_async_4(address_in_shared(p.angles + 4 * i), p.cos + size_t(row) * (p.rope / 2) + i);
-    copy_async_4(address_in_shared(p.angles + 2 * p.rope + 4 * i), p.sin + size_t(row) * (p.rope / 2) + i);
-  }
+  load_constants(p, row, heads);
 #pragma unroll 1
   for (int pass = 0; pass < p.passes; ++pass) {
     const int first_head = (int(blockIdx.y) * p.passes + pass) * heads;
     const bool decoded = pass > 0 && p.stages == 1;  // the first pass left the one tile in bf16
-    uint32_t scales[kRounds] = {};
+    uint32_t scales[kRounds<4>] = {};
     if (!decoded) {
       if (locates) {
-        const Part part = part_anew(p);
-        in_shared<Entry>(p.rows + thread * sizeof(Entry)) = locate(p, part, sequence, thread, pick);
-        pick = load_pick(p, part, row, kTileKeys + thread);
+        in_shared<Entry>(p.rows + thread * sizeof(Entry)) = locate(p, part_anew(p, rank), sequence, thread, pick);
+        pick = load_pick(p, part_anew(p, rank), row, kTileKeys + thread);
       }
       __syncthreads();
       load_tile<kFp8>(p, role, 0, keys_of_tile(count, 0), scales);
     }
-    float out[kHeadTiles][kPart / 8][4] = {};
+    float out[kHeadTiles][kPart<4> / 8][4] = {};
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       const int stage = p.stages == 2 ? tile & 1 : 0, keys = keys_of_tile(count, tile);
       if (locates && tile + 1 < tiles) {
-        const Part part = part_anew(p);
+        const Part part = part_anew(p, rank);
         const int key = (tile + 1) * kTileKeys + thread;
         in_shared<Entry>(p.rows + (((tile + 1) & 1) * kTileKeys + thread) * sizeof(Entry)) = locate(p, part, sequence, key, pick);
         pick = load_pick(p, part, row, key + kTileKeys);
@@ -314,37 +110,96 @@ DSV4_D void attend(const AttentionParams& p) {
       multiply_keys<kFp8, kHeadTiles>(p, role, row, first_head, stage, keys, decoded, scales);
       __syncthreads();
       if (tile + 1 < tiles) load_tile<kFp8>(p, role, tile + 1, keys_of_tile(count, tile + 1), scales);
-      uint32_t early[kTileKeys / 16][kPart / 16][4];
+      uint32_t early[kTileKeys / 16][kPart<4> / 16][4];
 #pragma unroll
-      for (int n = 0; n < kEarlyGroups<kHeadTiles>; ++n)
+      for (int n = 0; n < kEarlyGroups<kHeadTiles, 4>; ++n)
         if (16 * n < keys) load_values(p, role, stage, n, early[n]);
-      softmax_tile<heads, 32 / kHeadTiles>(p, tile, keys);
+      softmax_tile<heads, 32 / kHeadTiles>(p, role, 0, tile, tile == 0, keys);
       __syncthreads();
-      multiply_values(p, role, tile, stage, keys, early, out);
+      multiply_values<kHeadTiles>(p, role, tile == 0, stage, keys, early, out);
     }
 
     copy_async_wait<0>();
     __syncthreads();  // the entries have been read: the output may take their place
-    const uint32_t to = p.output + output_at<heads>(role.g, role.warp * kPart + (2 * role.c & ~3)) + (2 * role.c & 2) * 4;
-#pragma unroll
-    for (int m = 0; m < kHeadTiles; ++m)
-#pragma unroll
-      for (int n = 0; n < kPart / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          in_shared<float2>((to ^ (32 * n)) + (16 * m + 8 * i) * kPart * 4) = {out[m][n][2 * i], out[m][n][2 * i + 1]};
+    store_output<kHeadTiles>(p, role, out);
     if (!tiles && thread < heads) in_shared<float>(p.largest + 4 * thread) = -infinity(), in_shared<float>(p.total + 4 * thread) = 0.0f;
     cluster_sync();
-    merge<heads>(p, row, first_head, rank);
-    cluster_arrive();  // nobody goes on while others read from it
-    if (pass + 1 < p.passes && locates) pick = load_pick(p, part_anew(p), row, thread);
-    cluster_wait();
+    merge<heads, 4>(p, row, first_head, pass, rank);
+    if (pass + 1 < p.passes && locates) pick = load_pick(p, part_anew(p, rank), row, thread);
+    cluster_wait();  // nobody goes on while others read from it
   }
+}
+
+// Two parts of one tile to each of two teams of a CTA: while one waits for entries or for its softmax, the other multiplies.
+template <bool kFp8>
+DSV4_D void attend_in_teams(const AttentionParams& p) {
+  constexpr int heads = 16, width = kPart<2> / 8;
+  const Role<2> role(p);
+  const int sequence = blockIdx.z, token = blockIdx.x >> p.cluster_log2, rank = blockIdx.x & ((1 << p.cluster_log2) - 1), thread = role.thread;
+  const int row = sequence * p.tokens + token, first_head = int(blockIdx.y) * heads, first = 2 * (2 * rank + role.team);
+  const bool locates = thread < kTileKeys;
+  int pick = locates ? load_pick(p, Part(p, token, first), row, thread) : -1;
+  const int start = load_now(p.start + sequence), length = load_now(p.length + sequence);
+  if (token >= length) return store_nothing<heads>(p, row, rank);
+  load_constants(p, row, heads);
+  Part part(p, token, first);
+  part.set_position(p, start, first);
+  const int keys = keys_of_tile(part.count(), 0);  // the second part has no more
+  uint32_t scales[kRounds<2>] = {};
+  if (locates) in_shared<Entry>(role.base + p.rows + thread * sizeof(Entry)) = locate(p, part, sequence, thread, pick);
+  role.sync(p);
+  load_tile<kFp8>(p, role, 0, keys, scales);
+  float out[1][width][4] = {};     // of this part
+  volatile float other[width][4];  // of the one before: in local memory, because registers are short
+#pragma unroll 1
+  for (int turn = 0;; ++turn) {
+    const bool last = turn == 1;
+    if (locates && !last) pick = load_pick(p, Part(p, token, first + 1), row, thread);
+    multiply_keys<kFp8, 1>(p, role, row, first_head, 0, keys, false, scales);
+    role.sync(p);
+    if (locates && !last) {
+      const Entry entry = locate(p, part_anew(p, first + 1), sequence, thread, pick);
+      in_shared<Entry>(role.base + p.rows + (kTileKeys + thread) * sizeof(Entry)) = entry;
+      announce(p, entry);
+    }
+    softmax_tile<heads, 16>(p, role, role.base + turn * heads * 4, turn, true, keys);
+    role.sync(p);
+    const uint32_t none[kTileKeys / 16][kPart<2> / 16][4] = {};
+    multiply_values<1>(p, role, true, 0, keys, none, out);
+    if (last) break;
+#pragma unroll
+    for (int n = 0; n < width; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) other[n][i] = out[0][n][i], out[0][n][i] = 0.0f;
+    role.sync(p);  // the entries have been read, and the next ones are located
+    load_tile<kFp8>(p, role, 1, keys, scales);
+  }
+
+  const uint32_t largest = role.base + p.largest, total = role.base + p.total;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t at = largest + 4 * (role.g + 8 * i);
+    const Join both(in_shared<float>(at), in_shared<float>(at + 4 * heads));
+#pragma unroll
+    for (int n = 0; n < width; ++n)
+#pragma unroll
+      for (int k = 2 * i; k < 2 * i + 2; ++k) out[0][n][k] = join(other[n][k], both.own, out[0][n][k], both.other);
+  }
+  role.sync(p);  // the entries and the largest scores have been read
+  store_output<1>(p, role, out);
+  if (thread < heads) {
+    float &one = in_shared<float>(largest + 4 * thread), &sum = in_shared<float>(total + 4 * thread);
+    const Join both(one, in_shared<float>(largest + 4 * (heads + thread)));
+    one = both.largest, sum = both.total(sum, in_shared<float>(total + 4 * (heads + thread)));
+  }
+  cluster_sync();
+  merge<heads, 2>(p, row, first_head, 0, rank);
+  cluster_wait();  // nobody ends while others read from it
 }
 
 }  // namespace
 
-// decode_attention_<format>_<heads of a CTA>
+// decode_attention_<format>_<heads of a CTA, or teams>
 extern "C" __global__ void __launch_bounds__(512, 1) decode_attention_fp8_16(const __grid_constant__ AttentionParams p) {
   start_after_previous();
   attend<true, 1>(p);
@@ -360,6 +215,14 @@ extern "C" __global__ void __launch_bounds__(512, 1) decode_attention_bf16_16(co
 extern "C" __global__ void __launch_bounds__(512, 1) decode_attention_bf16_32(const __grid_constant__ AttentionParams p) {
   start_after_previous();
   attend<false, 2>(p);
+}
+extern "C" __global__ void __launch_bounds__(512, 1) decode_attention_fp8_teams(const __grid_constant__ AttentionParams p) {
+  start_after_previous();
+  attend_in_teams<true>(p);
+}
+extern "C" __global__ void __launch_bounds__(512, 1) decode_attention_bf16_teams(const __grid_constant__ AttentionParams p) {
+  start_after_previous();
+  attend_in_teams<false>(p);
 }
 
 }  // namespace dsv4

@@ -12,9 +12,11 @@ constexpr int kRowBytes = 2 * kSlice;
 constexpr int kSliceBytes = kTileKeys * kRowBytes;
 constexpr int kPitch = kTileKeys + 8;  // of scores and weights in shared memory: no bank conflicts
 constexpr int kMaxPairs = 4;           // of slices: K <= 512
-constexpr int kSplit = 4;              // warps of a pair
-constexpr int kRounds = (kTileKeys / 8 + kSplit - 1) / kSplit;  // of groups of 8 keys
-constexpr int kPart = 128 / kSplit;    // channels of a warp in the product with V
+// With kSplit warps of a team to a pair: rounds of groups of 8 keys; channels of a warp in the product with V.
+template <int kSplit>
+constexpr int kRounds = (kTileKeys / 8 + kSplit - 1) / kSplit;
+template <int kSplit>
+constexpr int kPart = 128 / kSplit;
 
 struct AttentionParams {
   const uint16_t* q;                  // bf16 [B, T, H, K]
@@ -33,10 +35,12 @@ struct AttentionParams {
   uint16_t* out;                      // bf16 [B, T, H, K]
   float* lse;                         // [B, T, H] or null
   int32_t tokens, heads, channels, rope, window_size, entries, picks;  // T, H, K, R, W, C, X
-  int32_t ratio_log2, parts_log2;     // parts: CTAs of a cluster, which share the keys of one token
+  int32_t ratio_log2, parts_log2;     // parts share the keys of one token
+  int32_t cluster_log2;               // CTAs that share the parts: one each, or where there are teams four
   int32_t window_share, pick_share;   // of one part
   int32_t entry_bytes, scale_bytes;   // K + R and S, or 2 K and 0
   int32_t stages, stage_bytes;        // tiles in shared memory, 1 or 2; K / 64 * kSliceBytes
+  int32_t team_bytes;                 // of shared memory, where there are two teams; all but angles and sinks is there once for each
   int32_t passes;                     // groups of heads that a CTA serves one after the other
   // Offsets in shared memory; entries lie at 0, bf16 [stages][K / 64][80 keys][64 channels], 16-byte chunk i of a row at
   // i ^ (key % 8).
@@ -44,8 +48,8 @@ struct AttentionParams {
   int32_t rows;                       // Entry [2][80], of two tiles
   int32_t scores;                     // fp32 [K / 128][heads][kPitch], partial sums over 128 channels
   int32_t weights;                    // bf16 [heads][kPitch]
-  int32_t factor, largest, total;     // fp32 [heads]: of the output so far; in log2 units; sum of the unrounded weights
-  int32_t angles;                     // fp32 [R]: cosines, then sines
+  int32_t factor, largest, total;     // fp32 [heads] of the output so far, [parts of a team][heads] in log2 units, the sum of the unrounded weights
+  int32_t angles, sinks;              // fp32 [R]: cosines, then sines; [passes][heads]
   float score_scale;                  // K**-0.5 * log2(e): exponentials are taken to base 2
 };
 
@@ -111,26 +115,21 @@ DSV4_D T& in_shared(uint32_t offset) {
 
 DSV4_D uint32_t address_in_shared(uint32_t offset) { return shared_address(&in_shared<uint8_t>(offset)); }
 
-// 16 e4m3 codes -> bf16. Exponent and mantissa are placed in those of a bf16 that is 2**120 too small, and multiplied.
-// `scale` is the biased exponent byte of the block. Rare: a scale above 2**7 takes a second factor, and codes that are no
-// number stay so.
+// The scale of an FP8 block, from its biased exponent byte: a power of two in bf16, twice.
+DSV4_D uint32_t scale_bf16x2(uint32_t code) { return code ? code << 7 | code << 23 : 0x00400040u; }
+
+// 16 e4m3 codes times the scale of their block -> bf16. The conversions go by half precision, which holds every code; of the units
+// that shift and select they take two instructions to a pair.
 DSV4_D void decode_e4m3(uint4 raw, uint32_t scale, uint32_t (&out)[8]) {
-  constexpr uint32_t kLargest = 7 + 127;
   const uint32_t in[4] = {raw.x, raw.y, raw.z, raw.w};
-  const uint32_t first = (min(scale, kLargest) + 120) << 7, factor = first | first << 16;
-  uint32_t carries = 0;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    const uint32_t codes = __byte_perm(in[j / 2], 0, j % 2 ? 0x3424 : 0x1404);  // in the high bytes of both halves
-    out[j] = multiply_bf16x2((codes & 0x80008000u) | ((codes >> 4) & 0x07F007F0u), factor);
-    if (j % 2) carries |= (in[j / 2] & 0x7F7F7F7Fu) + 0x01010101u;
-  }
-  if (!__any_sync(0xFFFFFFFFu, scale > kLargest || (carries & 0x80808080u))) return;
-  const uint32_t second = (max(scale, kLargest) - kLargest + 127) << 7, rest = second | second << 16;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const uint32_t codes = __byte_perm(in[j / 2], 0, j % 2 ? 0x4342 : 0x4140) & 0x007F007Fu, nan = (codes + 0x00010001u) & 0x00800080u;
-    out[j] = multiply_bf16x2(out[j], rest) | ((nan << 8) - (nan >> 7));
+    float low, high;
+    asm("{\n .reg .b32 pair;\n .reg .b16 low, high;\n cvt.rn.f16x2.e4m3x2 pair, %2;\n mov.b32 {low, high}, pair;\n"
+        " cvt.f32.f16 %0, low;\n cvt.f32.f16 %1, high;\n}"
+        : "=f"(low), "=f"(high)
+        : "h"(uint16_t(in[j / 2] >> (16 * (j % 2)))));
+    out[j] = multiply_bf16x2(pack_bf16(low, high), scale);
   }
 }
 

@@ -27,59 +27,98 @@ DSV4_D float rescale(float old_largest, float new_largest) {
 }
 
 // Where a CTA leaves its output for the others: 16-byte chunks of 4 channels, rows of one head and warp.
-template <int kHeads>
+template <int kHeads, int kSplit>
 DSV4_D uint32_t output_at(int head, int channel) {
-  return ((channel / kPart * kHeads + head) * kPart + ((channel % kPart / 4) ^ ((head & 3) << 1)) * 4) * 4;
+  constexpr int width = kPart<kSplit>;
+  return ((channel / width * kHeads + head) * width + ((channel % width / 4) ^ ((head & 3) << 1)) * 4) * 4;
 }
 
-// Sum over the parts, in rank order, of their outputs at `from`, times what brings them to the largest score of all.
-// `largest` and `total` lie beside: those of all parts come back.
-template <int kParts>
-DSV4_D float4 sum_parts(uint32_t from, uint32_t largest_at, uint32_t total_at, float& most, float& total) {
-  float4 outs[kParts], sum = {};
-  const uint32_t peer = lane_id() % kParts;  // lanes share out the statistics
-  const float largest = load_peer(peer_address(largest_at, peer));
-  total = load_peer(peer_address(total_at, peer));
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) outs[i] = load_peer4(peer_address(from, i));
+// Two parts as one: what brings each to the larger of their largest scores, and sums with these factors. Neighbouring parts
+// are always put together so, in a team that took both as between CTAs; the order of the two does not matter.
+struct Join {
+  float largest, own, other;
+
+  DSV4_D Join(float own_largest, float other_largest) : largest(fmaxf(own_largest, other_largest)) {
+    own = rescale(own_largest, largest), other = rescale(other_largest, largest);
+  }
+  DSV4_D float total(float a, float b) const { return __fadd_rn(__fmul_rn(a, own), __fmul_rn(b, other)); }
+};
+
+DSV4_D float join(float a, float a_factor, float b, float b_factor) { return __fadd_rn(__fmul_rn(a, a_factor), __fmul_rn(b, b_factor)); }
+
+// Sum over the parts, joined in pairs and then in order, of their outputs at `from`, times what brings them to the largest score
+// of all. `largest` and `total` lie beside: those of all parts come back. Each of the slots, of which a CTA has one for each
+// team, holds a part, or where there are teams the pair that one took.
+template <int kTeams, int kSlots>
+DSV4_D float4 sum_slots(const AttentionParams& p, uint32_t from, uint32_t largest_at, uint32_t total_at, float& most, float& total) {
+  constexpr bool joins = kTeams == 1 && kSlots > 1;
+  constexpr int kPairs = joins ? kSlots / 2 : kSlots, kAtOnce = kSlots < 8 ? kSlots : 8;
+  const uint32_t slot = lane_id() % kSlots, beside = slot % kTeams * p.team_bytes;  // lanes share out the statistics
+  float largest = load_peer(peer_address(largest_at + beside, slot / kTeams)), own = 0.0f, other = 0.0f;
+  total = load_peer(peer_address(total_at + beside, slot / kTeams));
+  if (joins) {
+    const Join both(largest, __shfl_xor_sync(kAll, largest, 1));
+    total = both.total(total, __shfl_xor_sync(kAll, total, 1));
+    own = both.own, other = both.other;
+    largest = __shfl_sync(kAll, both.largest, lane_id() % kPairs * 2);
+    total = __shfl_sync(kAll, total, lane_id() % kPairs * 2);
+  }
   most = largest;
 #pragma unroll
-  for (int offset = kParts / 2; offset; offset /= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, offset));
+  for (int offset = kPairs / 2; offset; offset /= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, offset));
   const float factor = rescale(largest, most);
-  total = warp_sum<kParts>(total * factor);
+  total = warp_sum<kPairs>(total * factor);
+  float4 sum = {};
 #pragma unroll
-  for (int i = 0; i < kParts; ++i) {
-    const float weight = __shfl_sync(kAll, factor, i);
-    sum.x += weight * outs[i].x, sum.y += weight * outs[i].y, sum.z += weight * outs[i].z, sum.w += weight * outs[i].w;
+  for (int first = 0; first < kSlots; first += kAtOnce) {
+    float4 outs[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) outs[i] = load_peer4(peer_address(from + (first + i) % kTeams * p.team_bytes, (first + i) / kTeams));
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i += joins ? 2 : 1) {
+      float4 x = outs[i];
+      if (joins) {
+        const float4 y = outs[i + 1];
+        const float a = __shfl_sync(kAll, own, first + i), b = __shfl_sync(kAll, other, first + i);
+        x = {join(x.x, a, y.x, b), join(x.y, a, y.y, b), join(x.z, a, y.z, b), join(x.w, a, y.w, b)};
+      }
+      const float weight = __shfl_sync(kAll, factor, joins ? (first + i) / 2 : first + i);
+      sum.x = fmaf(weight, x.x, sum.x), sum.y = fmaf(weight, x.y, sum.y);
+      sum.z = fmaf(weight, x.z, sum.z), sum.w = fmaf(weight, x.w, sum.w);
+    }
   }
   return sum;
 }
 
 // For this CTA's share of the heads: sums the parts, divides, rotates back, stores. A thread takes 4 channels of every
-// kSplit-th head.
-template <int kHeads>
-DSV4_D void merge(const AttentionParams& p, int row, int first_head, int rank) {
-  const int share = kHeads >> p.parts_log2, width = p.channels / 4, thread = threadIdx.x;
+// fourth head. Arrives at the barrier of the cluster once it has read all parts, before it stores: the arrival would wait for that.
+template <int kHeads, int kSplit>
+DSV4_D void merge(const AttentionParams& p, int row, int first_head, int pass, int rank) {
+  constexpr int teams = 4 / kSplit;
+  const int share = kHeads >> p.cluster_log2, width = p.channels / 4, thread = threadIdx.x;
   const int group = (thread >= width) + (thread >= 2 * width) + (thread >= 3 * width);
   const int channel = 4 * (thread - group * width);
+  const int end = min((rank + 1) * share, p.heads - first_head);
+  int local = rank * share + group;
+  if (local >= end) cluster_arrive();
 #pragma unroll 1
-  for (int local = rank * share + group; local < (rank + 1) * share; local += kSplit) {
+  for (; local < end; local += 4) {
     const int head = first_head + local;
-    if (head >= p.heads) continue;
-    const uint32_t from = address_in_shared(p.output + output_at<kHeads>(local, channel));
+    const uint32_t from = address_in_shared(p.output + output_at<kHeads, kSplit>(local, channel));
     const uint32_t largest_at = address_in_shared(p.largest + 4 * local), total_at = address_in_shared(p.total + 4 * local);
     float most, total;
     float4 sum;
-    switch (p.parts_log2) {
-      case 0: sum = sum_parts<1>(from, largest_at, total_at, most, total); break;
-      case 1: sum = sum_parts<2>(from, largest_at, total_at, most, total); break;
-      case 2: sum = sum_parts<4>(from, largest_at, total_at, most, total); break;
-      case 3: sum = sum_parts<8>(from, largest_at, total_at, most, total); break;
-      default: sum = sum_parts<16>(from, largest_at, total_at, most, total);
+    switch (p.cluster_log2) {
+      case 0: sum = sum_slots<teams, teams>(p, from, largest_at, total_at, most, total); break;
+      case 1: sum = sum_slots<teams, 2 * teams>(p, from, largest_at, total_at, most, total); break;
+      case 2: sum = sum_slots<teams, 4 * teams>(p, from, largest_at, total_at, most, total); break;
+      case 3: sum = sum_slots<teams, 8 * teams>(p, from, largest_at, total_at, most, total); break;
+      default: sum = sum_slots<teams, 16 * teams>(p, from, largest_at, total_at, most, total);
     }
+    if (local + 4 >= end) cluster_arrive();
     const size_t to = size_t(row) * p.heads + head;
     if (p.lse != nullptr && channel == 0) p.lse[to] = base_of(most) * kLn2 + logf(total);
-    total += exp2(p.sink[head] * kLog2e - base_of(most));
+    total += exp2(in_shared<float>(p.sinks + 4 * (pass * kHeads + local)) * kLog2e - base_of(most));
     const float inverse = 1.0f / (total == 0.0f ? 1.0f : total);
     float x[4] = {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse};
 #pragma unroll
@@ -98,7 +137,7 @@ DSV4_D void merge(const AttentionParams& p, int row, int first_head, int rank) {
 // A token that does not count yields zeros and an lse of -inf.
 template <int kHeads>
 DSV4_D void store_nothing(const AttentionParams& p, int row, int rank) {
-  const int share = kHeads * p.passes >> p.parts_log2, first = blockIdx.y * kHeads * p.passes + rank * share, count = min(share, p.heads - first);
+  const int share = kHeads * p.passes >> p.cluster_log2, first = blockIdx.y * kHeads * p.passes + rank * share, count = min(share, p.heads - first);
   for (int i = threadIdx.x; i < count * p.channels / 8; i += blockDim.x)
     reinterpret_cast<uint4*>(p.out + (size_t(row) * p.heads + first) * p.channels)[i] = {};
   if (p.lse != nullptr && int(threadIdx.x) < count) p.lse[size_t(row) * p.heads + first + threadIdx.x] = -infinity();
