@@ -195,9 +195,10 @@ def _packed(args, place) -> bytes:
 
 
 def run(path, kernel: str, args=(), *, grid=1, block=32, cluster=1, shared_bytes: int = 0, raw_params: bytes | None = None, memory=(),
-        compare: sim_record.Compare = sim_record.EXACT) -> None:  # fmt: skip
-    """Runs one launch. Arrays in `args` and `memory` are what it may touch, writable as numpy says. `compare` says how what comes
-    out is compared with what a device gave."""
+        unsettled=(), compare: sim_record.Compare = sim_record.EXACT) -> None:  # fmt: skip
+    """Runs one launch. Arrays in `args` and `memory` are what it may touch, writable as numpy says. If some of them are `unsettled`, it
+    follows a launch that writes them and may not have ended (interpreter only). `compare` says how what comes out is compared
+    with what a device gave."""
     arrays = [*memory, *(a for a in args if isinstance(a, np.ndarray))]
     shape = _three(grid), _three(block), _three(cluster), shared_bytes
     source = _SOURCES.get(path)
@@ -207,16 +208,19 @@ def run(path, kernel: str, args=(), *, grid=1, block=32, cluster=1, shared_bytes
 
         sim_device.run(path, kernel, lambda place: _packed(args, place), arrays, *shape)
     else:
-        _interpret(path, kernel, _packed(args, lambda array: array.ctypes.data) if raw_params is None else raw_params, arrays, *shape)
+        written = {id(array) for array in unsettled}
+        uses = [int(array.flags.writeable) + 2 * (id(array) in written) for array in arrays]
+        _interpret(path, kernel, _packed(args, lambda array: array.ctypes.data) if raw_params is None else raw_params, arrays, uses, *shape)
     if key is not None:
         sim_record.launched(key, kernel, arrays, compare)
 
 
-def _interpret(path, kernel, params, arrays, grid, block, cluster, shared_bytes) -> None:
+def _interpret(path, kernel, params, arrays, uses, grid, block, cluster, shared_bytes) -> None:
+    """uses: of each array, 1 if the kernel may write it, plus 2 if a launch before this one does (c_api.cpp)."""
     buffers = []
-    for array in arrays:
+    for array, use in zip(arrays, uses, strict=True):
         assert array.flags.c_contiguous
-        buffers += [array.ctypes.data, array.nbytes, int(array.flags.writeable)]
+        buffers += [array.ctypes.data, array.nbytes, use]
     dims = (ctypes.c_uint32 * 9)(*(v & 0xFFFFFFFF for v in (*grid, *block, *cluster)))
     listed = (ctypes.c_uint64 * max(1, len(buffers)))(*buffers)
     error = ctypes.create_string_buffer(65536)

@@ -1,0 +1,143 @@
+"""Several launches in one custom call: the same bits as one by one, and kernels that start early touch only what they may."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sim_driver as sim
+
+import ffi_kernels as ops
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def normal(seed, shape, dtype=jnp.bfloat16):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def calls(function, *args) -> list[int]:
+    """Launches of each custom call of ours."""
+    text = jax.jit(function).lower(*args).as_text()
+    return [int(n) for n in re.findall(r"custom_call @dsv4\..*?\blaunches = (\d+)", text)]
+
+
+WEIGHTS = {"norm": normal(0, (256,)), "up": normal(1, (512, 256)), "down": normal(2, (256, 512))}
+
+
+def feed_forward(w, x):
+    """Three launches in a row, with views between them and a product that needs nothing of them."""
+    y = ops.rms_norm(x, w["norm"], 1e-6)
+    y = ops.linear(y.reshape(1, -1, 256), w["up"], jnp.bfloat16)
+    scale = jnp.cos(x[0, 0].astype(jnp.float32))
+    return ops.linear(jnp.squeeze(y, 0), w["down"]), y.reshape(-1), scale
+
+
+def test_a_run_of_launches_is_one_call_with_the_same_bits(backend):
+    x = normal(3, (2, 256))
+    same(jax.jit(ops.chained(feed_forward))(WEIGHTS, x), jax.jit(feed_forward)(WEIGHTS, x))
+    assert calls(feed_forward, WEIGHTS, x) == [1, 1, 1] and calls(ops.chained(feed_forward), WEIGHTS, x) == [3]
+
+
+def test_a_run_ends_where_xla_needs_a_result(backend):
+    def function(w, x):
+        y, *_ = feed_forward(w, x)
+        y, z, _ = feed_forward(w, jnp.tanh(y).astype(jnp.bfloat16))
+        return y, jnp.flip(z)
+
+    x = normal(4, (3, 256))
+    same(jax.jit(ops.chained(function))(WEIGHTS, x), jax.jit(function)(WEIGHTS, x))
+    assert calls(ops.chained(function), WEIGHTS, x) == [3, 3]
+
+
+def ring(start):
+    return [jnp.arange(8 * 64, dtype=jnp.float32).reshape(1, 8, 64) + start]
+
+
+def test_updates_in_place_keep_their_order(backend):
+    """Rows are committed to a ring twice and it is read in between as it was before, once and afterwards: three values of one buffer."""
+
+    def function(rings, rows, x):
+        start, length = jnp.array([2], jnp.int32), jnp.array([1], jnp.int32)
+        before = ops.linear(rings[0][0].astype(jnp.bfloat16), x)  # not of a launch: needs nothing that waits
+        first = ops.commit_rows(rings, rows, start, length)
+        second = ops.commit_rows(first, rows, start + 1, length)
+        old = ops.rms_norm(rings[0], jnp.ones(64), 1e-6)  # after the first update, of what was there before it
+        return before, first, second, old, ops.rms_norm(second[0], jnp.ones(64), 1e-6)
+
+    rows, x = [normal(5, (1, 1, 64), jnp.float32)], normal(6, (32, 64))
+    want = jax.jit(function)(ring(0), rows, x)
+    same(jax.jit(ops.chained(function))(ring(0), rows, x), want)
+    same(jax.jit(ops.chained(function), donate_argnums=0)(ring(0), rows, x), want)
+    with ops.backend("xla"):
+        reference = function(ring(0), rows, x)
+    same([want[1], want[2]], [reference[1], reference[2]])
+
+
+def test_nothing_changes_on_xla():
+    with ops.backend("xla"):
+        x = normal(7, (2, 256))
+        same(ops.chained(feed_forward)(WEIGHTS, x), feed_forward(WEIGHTS, x))
+
+
+# --- what a kernel may touch before it waits ---------------------------------------------------------------------------
+
+MISTAKES = {
+    1: r"reads 4 bytes .* before griddepcontrol.wait: .* still run and write them",
+    2: r"writes 4 bytes .* before griddepcontrol.wait: .* still run and read them",
+    3: r"reads 4 bytes .* before griddepcontrol.wait",
+    4: r"never executes griddepcontrol.wait",
+}
+
+
+@pytest.fixture
+def interpreter():
+    if sim.missing() or sim.ON_DEVICE:
+        pytest.skip(sim.missing() or "the interpreter checks what a device cannot show")
+
+
+def add(mistake, follows=True):
+    weights, x, out = np.arange(32, dtype=np.int32), np.full(32, 5, np.int32), np.zeros(32, np.int32)
+    weights.flags.writeable = x.flags.writeable = False
+    sim.run(sim.ptx("dependent"), "add", [weights, x, out, mistake], unsettled=[x] if follows else [])
+    return out
+
+
+def test_a_launch_that_waits_in_time(interpreter):
+    np.testing.assert_array_equal(add(0), np.arange(32) + 5)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_launch_that_does_not(interpreter, mistake):
+    with pytest.raises(sim.SimError, match=MISTAKES[mistake]):
+        add(mistake)
+    add(mistake, follows=False)  # alone, it may
+
+
+def test_every_kernel_waits():
+    """In PTX: each entry of our kernels lets the next one start, and waits for the one before."""
+    images = sorted((ROOT / "build" / "native").glob("*.ptx"))
+    if not images:
+        pytest.skip("no kernels are built here; run python -m ffi_kernels.build where nvcc is")
+    for image in images:
+        for entry in image.read_text().split(".visible .entry ")[1:]:
+            assert "griddepcontrol.wait" in entry and "griddepcontrol.launch_dependents" in entry, f"{entry.split('(')[0]} of {image.name}"
+
+
+def test_a_call_with_too_few_attributes(backend):
+    """A custom call that promises more launches than it has is refused by a sentence."""
+
+    def function(x):
+        joined = jax.ffi.ffi_call(f"dsv4.rms_norm.{backend}", jax.ShapeDtypeStruct(x.shape, x.dtype))
+        return joined(x, launches=np.int64(2))
+
+    ops.rms_norm(normal(8, (1, 64)), jnp.ones(64), 1e-6).block_until_ready()
+    with pytest.raises(Exception, match="lacks the attribute"):
+        np.asarray(jax.jit(function)(normal(8, (1, 64))))
