@@ -137,7 +137,8 @@ EXPERTS = {
     "bf16": ("bf16", "bf16", 2, 2, (3, 256, 256, 128)), "official": ("mxfp4", "fp8", 2, 2, (3, 512, 512, 512)),
     "nvfp4": ("nvfp4", "nvfp4", 2, 2, (3, 512, 512, 512)), "ragged": ("nvfp4", "fp8", 3, 2, (6, 128, 256, 128)),
     "batches": ("nvfp4", "nvfp4", 11, 2, (6, 128, 256, 128), 3), "plain batches": ("bf16", "bf16", 11, 2, (6, 48, 128, 40), 3), "ragged bf16": ("bf16", "bf16", 2, 2, (3, 40, 72, 24)),
-    "no shared": ("mxfp4", "mxfp4", 2, 3, (6, 128, 128, 0)),
+    "no shared": ("mxfp4", "mxfp4", 2, 3, (6, 128, 128, 0)), "many": ("bf16", "bf16", 12, 3, (6, 48, 128, 40)),
+    "token official": ("mxfp4", "fp8", 1, 3, (5, 512, 512, 512)), "token nvfp4": ("nvfp4", "nvfp4", 1, 3, (5, 512, 512, 256)),
 }  # fmt: skip
 for _name, _how in EXPERTS.items():
     case(f"experts {_name}")(lambda how=_how: experts(*how))

@@ -3,7 +3,7 @@
 from mutants import of
 
 LINEAR, EXPERTS = (f"ffi_kernels/native/cuda/{name}.cu" for name in ("linear", "experts"))
-GROUPS = "ffi_kernels/native/include/expert_groups.cuh"
+WALKS, GROUPS = "ffi_kernels/native/include/expert_walks.cuh", "ffi_kernels/native/include/expert_groups.cuh"
 
 MUTANTS = [
     *of(
@@ -28,18 +28,27 @@ MUTANTS = [
         ("up: no barrier between the inputs and their use", "      started = true;\n      __syncthreads();\n    }\n    const Columns", "      started = true;\n    }\n    const Columns", "experts nvfp4"),
         ("down: no barrier before the sum over slots", "  __syncthreads();\n\n  for (int i = threadIdx.x; i < walk.tiles", "\n  for (int i = threadIdx.x; i < walk.tiles", "experts nvfp4"),
         ("the shared expert is weighted, the routed ones are not", "if (kind == 0) h *=", "if (kind == 1) h *=", "experts bf16"),
-        ("the shared expert in the place of the last slot", ": member * (p.slots + 1) + p.slots;", ": member * (p.slots + 1) + p.slots - 1;", "experts bf16"),
+        ("the shared expert in the place of the last slot", "member * (p.slots + 1) + p.slots :", "member * (p.slots + 1) + p.slots - 1 :", "experts bf16"),
         ("rows behind the end of the output", "    if (d >= p.hidden) continue;\n", "", "experts ragged bf16"),
-        ("tiles and groups of a batch change places", "tile = job / count;", "tile = job % count;", "experts nvfp4"),
-        ("a CTA goes on with the next group's tiles", "limit = min(end, first_of(group + 1));", "limit = end;", "experts nvfp4, experts bf16"),
         ("up of gate, gate of up", "float gate = finished(sum_partials(of_team, row", "float gate = finished(sum_partials(of_team + kTileWarps * kPartial, row", "experts bf16"),
     ),
     *of(
+        WALKS,
+        ("tiles and groups of a batch change places", "tile = job / count;", "tile = job % count;", "experts nvfp4"),
+        ("a CTA goes on with the next group's tiles", "min(end, first_tile() + p.tiles[kind]);", "end;", "experts plain batches"),
+        ("the routed experts' warps take the shared expert's tiles", "return !apart() ? kind - 1 : kind == 2 ? own_kind() : -1;", "return !apart() ? kind - 1 : kind == 2 ? 1 : -1;", "experts token nvfp4"),
+        ("routed tiles are counted from the shared expert's group on", "last = (kind ? 0 : shared) + tile / p.tiles[kind];", "last = tile / p.tiles[kind];", "experts token official"),
+        ("a warp for both kinds", "int(warp_id()) >= routed_warps", "int(warp_id()) > routed_warps", "experts token nvfp4"),
+    ),
+    *of(
         GROUPS,
-        ("no barrier between the experts of the slots and their count", "  __syncthreads();\n  int repeats", "  int repeats", "experts bf16"),
-        ("no barrier before the keys are read", "g.key[t] = expert + repeats * experts;\n  __syncthreads();", "g.key[t] = expert + repeats * experts;", "experts batches"),
-        ("no barrier at the end", "g.all = routed + of_shared;\n  __syncthreads();", "g.all = routed + of_shared;", "experts bf16"),
-        ("a group takes one token too many", "g.member[group][rank % columns]", "g.member[group][rank % (columns + 1)]", "experts batches"),
-        ("slots of weight zero count", "expert = g.weight[t] != 0.0f ? min", "expert = g.weight[t] >= 0.0f ? min", "experts ragged"),
+        ("no barrier between the experts of the slots and their count", "  __syncthreads();\n  int repeats", "  int repeats", "experts many"),
+        ("no barrier before the keys are read", "g.key[t] = expert + repeats * experts;\n  __syncthreads();", "g.key[t] = expert + repeats * experts;", "experts many"),
+        ("no barrier at the end", "g.all = of_shared + routed;\n  __syncthreads();", "g.all = of_shared + routed;", "experts many"),
+        ("a group takes one token too many", "g.member[group][rank % columns] = uint8_t(t);", "g.member[group][rank % (columns + 1)] = uint8_t(t);", "experts many"),
+        ("slots of weight zero count", "expert = g.weight[t] != 0.0f ? min", "expert = g.weight[t] >= 0.0f ? min", "experts many"),
+        ("few slots: those of weight zero count", "expert = weight != 0.0f ? min", "expert = weight >= 0.0f ? min", "experts ragged"),
+        ("few slots: tokens of one expert in one place", "const int rank = __popc(same & before);", "const int rank = 0;", "experts batches"),
+        ("few slots: no barrier at the end", "    if (token % columns == 0) g.matrix[group] = 0;\n  }\n  __syncthreads();", "    if (token % columns == 0) g.matrix[group] = 0;\n  }", "experts bf16"),
     ),
 ]  # fmt: skip
