@@ -169,15 +169,21 @@ def profile_figures(profiles, steps: int) -> dict:
 
 
 def kernel_table(events, steps: int) -> list[dict]:
-    """Kernels and copies, given as (name, start_ns, duration_ns), by their share of the time of all; the longest first."""
-    durations = collections.defaultdict(list)
-    for name, _, ns in events:
+    """Kernels and copies, given as (name, start_ns, duration_ns), by their share of the time of all; the longest first.
+
+    median_us: from start to end, which for a kernel that starts early includes waiting for those before it. us_per_step: without
+    the time in which an earlier one still ran, so that the sum is the time in which anything ran.
+    """
+    durations, added, ended = collections.defaultdict(list), collections.Counter(), 0
+    for name, start, ns in sorted(events, key=lambda event: event[1]):
         durations[name].append(ns)
-    total = sum(map(sum, durations.values()))
+        added[name] += max(start + ns - max(start, ended), 0)
+        ended = max(ended, start + ns)
+    total = sum(added.values())
     rows = [
         {
             "name": name, "launches_per_step": len(each) / steps, "median_us": float(np.median(each)) / 1e3,
-            "us_per_step": sum(each) / steps / 1e3, "percent": 100 * sum(each) / max(total, 1),
+            "us_per_step": added[name] / steps / 1e3, "percent": 100 * added[name] / max(total, 1),
         }
         for name, each in durations.items()
     ]  # fmt: skip

@@ -82,7 +82,7 @@ def compiled(case: str, mutant: Mutant | None, kernels: set[str] = frozenset()) 
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"'{mutant and mutant.what}' does not compile: {(done.stderr or done.stdout).strip()[:1000]}")
-        part = target.with_suffix(f".{os.getpid()}.part")
+        part = target.with_suffix(f".{Path(folder).name}.part")  # other threads and processes make the same
         shutil.copy(Path(folder) / "out.ptx", part)
         part.rename(target)
     return target
@@ -163,6 +163,8 @@ def main() -> int:
     parser.add_argument("--all-schedules", action="store_true", help="do not stop at the first schedule that finds a mutant")
     args = parser.parse_args()
     mutants = [m for m in all_mutants() if args.only in f"{m.file} {m.cases} {m.what}"]
+    if not mutants:
+        parser.error(f"no mutant's file, case or words hold {args.only!r}; without --only all {len(all_mutants())} run")
     results = run(mutants, args.jobs, all_schedules=args.all_schedules, report=lambda line: print(line, flush=True))
     alive = [r.mutant for r in results if not r.found]
     print(f"\n{len(results)} mutants of {len({m.file for m in mutants})} files, {len(results) - len(alive)} found ({100 * (1 - len(alive) / len(results)):.1f} %): "

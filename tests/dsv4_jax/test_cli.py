@@ -163,11 +163,11 @@ def profile(planes: dict):
 
 
 def test_figures_of_a_profile():
-    """Two steps: what the device lines hold by kernel, the driver calls of the host, and nothing twice."""
+    """Two steps: what the device lines hold by kernel, the driver calls of the host, and nothing twice, nor time in which two run."""
     from dsv4_jax.bench_step import profile_figures
 
     device = {
-        "Stream #15(Kernel)": [("linear", 0, 3000), ("post", 4000, 1000), ("linear", 10000, 5000)],
+        "Stream #15(Kernel)": [("linear", 0, 3000), ("post", 2500, 2500), ("linear", 10000, 5000)],
         "Stream #16(Memcpy)": [("MemcpyD2H", 16000, 2000)],
         "XLA Ops": [("while", 0, 99000)],
     }
@@ -176,10 +176,11 @@ def test_figures_of_a_profile():
     table = figures.pop("kernels")
     assert figures == {
         "graph_launches_per_step": 1.0, "kernel_launches_per_step": 0.0, "driver_ms_per_step": 0.005,
-        "kernel_ms_per_step": 0.0055, "span_ms_per_step": 0.009,
+        "kernel_ms_per_step": 0.006, "span_ms_per_step": 0.009,
     }  # fmt: skip
-    assert [row["name"] for row in table] == ["linear", "MemcpyD2H", "post"] and sum(row["percent"] for row in table) == pytest.approx(100)
-    assert table[0] == {"name": "linear", "launches_per_step": 1.0, "median_us": 4.0, "us_per_step": 4.0, "percent": pytest.approx(800 / 11)}
+    assert [row["name"] for row in table] == ["linear", "post", "MemcpyD2H"] and sum(row["percent"] for row in table) == pytest.approx(100)
+    assert table[0] == {"name": "linear", "launches_per_step": 1.0, "median_us": 4.0, "us_per_step": 4.0, "percent": pytest.approx(800 / 12)}
+    assert table[1]["median_us"] == 2.5 and table[1]["us_per_step"] == 1.0  # it starts 0.5 us before the one ahead of it ends
     assert profile_figures([profile({"/host:CPU": {"python": [("main", 0, 5)]}})], 2) == profile_figures([], 2) == {}
 
 
