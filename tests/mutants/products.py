@@ -35,7 +35,7 @@ MUTANTS = [
     *of(
         WALKS,
         ("tiles and groups of a batch change places", "tile = job / count;", "tile = job % count;", "experts nvfp4"),
-        ("a CTA goes on with the next group's tiles", "min(end, first_tile() + p.tiles[kind]);", "end;", "experts plain batches"),
+        ("a CTA goes on with the next group's tiles", "min(end, first_tile() + p.tiles[kind]);", "end;", "experts nvfp4, experts bf16"),
         ("the routed experts' warps take the shared expert's tiles", "return !apart() ? kind - 1 : kind == 2 ? own_kind() : -1;", "return !apart() ? kind - 1 : kind == 2 ? 1 : -1;", "experts token nvfp4"),
         ("routed tiles are counted from the shared expert's group on", "last = (kind ? 0 : shared) + tile / p.tiles[kind];", "last = tile / p.tiles[kind];", "experts token official"),
         ("a warp for both kinds", "int(warp_id()) >= routed_warps", "int(warp_id()) > routed_warps", "experts token nvfp4"),
