@@ -107,6 +107,7 @@ def several(kinds, sizes, rows=2, k=512, **patched):
 
 
 case("linear many fp8")(lambda: several(("fp8",) * 3, (96, 16, 48)))
+case("linear many fp8 bf16")(lambda: several(("fp8", "bf16", "fp8"), (96, 16, 48)))
 case("linear many nvfp4")(lambda: several(("nvfp4",) * 2, (96, 32)))
 case("linear many")(lambda: several(("mxfp4", "bf16", "nvfp4", "fp8"), (80, 16, 48, 96)))
 case("linear many turns")(lambda: several(("bf16", "nvfp4", "mxfp4", "fp8"), (64, 48, 80, 32), **ONE_CTA))
