@@ -47,6 +47,13 @@ def _is_view(eqn) -> bool:
     return eqn.primitive.name in _VIEWS and len(eqn.invars) == 1 and eqn.invars[0].aval.size == eqn.outvars[0].aval.size
 
 
+class _Constant:
+    """A number that stands in the jaxpr itself; one of its kind, unlike a Literal, which has no hash."""
+
+    def __init__(self, val):
+        self.val = val
+
+
 class _Evaluation:
     """Evaluates a jaxpr equation by equation, but holds launches back until something needs them."""
 
@@ -54,7 +61,7 @@ class _Evaluation:
         self.jaxpr = closed.jaxpr
         self.values = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
         self.root = {}  # a view -> what it views
-        self.launches = []  # held back
+        self.launches = []  # held back: (equation, operands)
         self.views = []  # of their results
         self.written = set()  # their results
         self.updated = set()  # arguments that they update in place
@@ -67,19 +74,19 @@ class _Evaluation:
         return [self.value(v) for v in self.jaxpr.outvars]
 
     def value(self, var):
-        return var.val if _is_literal(var) else self.values[var]
+        return var.val if isinstance(var, (_Constant, jax.extend.core.Literal)) else self.values[var]
 
     def of(self, var):
-        return var if _is_literal(var) else self.root.get(var, var)
+        return _Constant(var.val) if isinstance(var, jax.extend.core.Literal) else self.root.get(var, var)
 
     def evaluate(self, eqn) -> None:
         operands = [self.of(v) for v in eqn.invars]
-        waits = any(not _is_literal(v) and v in self.written for v in operands)
+        waits = any(v in self.written for v in operands)
         if _is_launch(eqn):
             donated = {operands[i] for i, _ in eqn.params["input_output_aliases"]}
-            if donated & self.written or any(not _is_literal(v) and v in self.updated for v in operands):
+            if donated & self.written or any(v in self.updated for v in operands):
                 self.flush()  # needs the bytes from before an update, or updates a result, which has no name outside of the call
-            self.launches.append(eqn)
+            self.launches.append((eqn, operands))
             self.written.update(eqn.outvars)
             self.updated.update(donated)
             return
@@ -102,24 +109,23 @@ class _Evaluation:
         launches, views = self.launches, self.views
         self.launches, self.views, self.written, self.updated = [], [], set(), set()
         if len(launches) == 1:
-            self.bind(launches[0])
+            self.bind(launches[0][0])
         elif launches:
             self.bind_all(launches)
         for eqn in views:
             self.bind(eqn)
 
     def bind_all(self, launches) -> None:
-        results = [v for eqn in launches for v in eqn.outvars]
+        results = [v for eqn, _ in launches for v in eqn.outvars]
         result_of = {v: i for i, v in enumerate(results)}
         arguments, argument_of, aliases = [], {}, {}
-        for eqn in launches:
-            for var in map(self.of, eqn.invars):
+        for _, operands in launches:
+            for var in operands:
                 if var not in result_of and var not in argument_of:
                     argument_of[var] = len(arguments)
                     arguments.append(self.value(var))
         attributes = {"launches": np.int64(len(launches))}
-        for number, eqn in enumerate(launches):
-            operands = [self.of(v) for v in eqn.invars]
+        for number, (eqn, operands) in enumerate(launches):
             buffers = [argument_of[v] if v in argument_of else len(arguments) + result_of[v] for v in operands]
             buffers += [len(arguments) + result_of[v] for v in eqn.outvars]
             aliases.update({argument_of[operands[i]]: result_of[eqn.outvars[o]] for i, o in eqn.params["input_output_aliases"]})
@@ -132,7 +138,3 @@ class _Evaluation:
         shapes = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in results)
         call = jax.ffi.ffi_call(library.register("chain", current()), shapes, input_output_aliases=aliases)
         self.values.update(zip(results, call(*arguments, **attributes), strict=True))
-
-
-def _is_literal(var) -> bool:
-    return isinstance(var, jax.extend.core.Literal)

@@ -81,6 +81,19 @@ def test_updates_in_place_keep_their_order(backend):
     same([want[1], want[2]], [reference[1], reference[2]])
 
 
+def test_numbers_that_stand_in_the_jaxpr(backend):
+    """Global scales that are known while tracing are no variables of it."""
+    up, down = (ops.quantize_nvfp4_weight(normal(seed, shape, jnp.float32)) for seed, shape in ((8, (64, 128)), (9, (32, 64))))
+
+    def function(x):
+        y = ops.linear(ops.Unquantized(x), ops.NVFP4Tensor(up.data, up.scale, jnp.float32(0.5)), jnp.bfloat16)
+        return ops.linear(ops.Unquantized(y), ops.NVFP4Tensor(down.data, down.scale, jnp.float32(0.25)))
+
+    x = normal(10, (2, 128))
+    same(jax.jit(ops.chained(function))(x), jax.jit(function)(x))
+    assert calls(ops.chained(function), x) == [2]
+
+
 def test_nothing_changes_on_xla():
     with ops.backend("xla"):
         x = normal(7, (2, 256))
