@@ -1,6 +1,5 @@
 """Several launches in one custom call: the same bits as one by one, and kernels that start early touch only what they may."""
 
-import pathlib
 import re
 
 import jax
@@ -10,9 +9,7 @@ import pytest
 import sim_driver as sim
 
 import ffi_kernels as ops
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-
+from ffi_kernels import library
 
 def normal(seed, shape, dtype=jnp.bfloat16):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
@@ -136,10 +133,9 @@ def test_a_launch_that_does_not(interpreter, mistake):
 
 def test_every_kernel_waits():
     """In PTX: each entry of our kernels lets the next one start, and waits for the one before."""
-    images = sorted((ROOT / "build" / "native").glob("*.ptx"))
-    if not images:
-        pytest.skip("no kernels are built here; run python -m ffi_kernels.build where nvcc is")
-    for image in images:
+    if (missing := library.why_not("sim")) is not None:
+        pytest.skip(missing)
+    for image in library.directory().glob("*.ptx"):
         for entry in image.read_text().split(".visible .entry ")[1:]:
             assert "griddepcontrol.wait" in entry and "griddepcontrol.launch_dependents" in entry, f"{entry.split('(')[0]} of {image.name}"
 

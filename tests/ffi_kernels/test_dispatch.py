@@ -88,7 +88,7 @@ def test_an_op_that_a_backend_lacks_names_both(monkeypatch):
 
 
 def test_every_public_op_has_a_meaning():
-    kinds = (ops.backend, ops.backends, ops.current, ops.round_to)
+    kinds = (ops.backend, ops.backends, ops.chained, ops.current, ops.round_to)
     public = {n for n in ops.__all__ if callable(f := getattr(ops, n)) and not isinstance(f, type) and f not in kinds}
     assert public <= set(dispatch._OPS["xla"])
 
