@@ -84,6 +84,9 @@ class _Evaluation:
         waits = any(v in self.written for v in operands)
         if _is_launch(eqn):
             donated = {operands[i] for i, _ in eqn.params["input_output_aliases"]}
+            if any(eqn.invars[i] in self.root for i, _ in eqn.params["input_output_aliases"]):  # a view, of another shape than the result
+                self.flush()
+                return self.bind(eqn)
             if donated & self.written or any(v in self.updated for v in operands):
                 self.flush()  # needs the bytes from before an update, or updates a result, which has no name outside of the call
             self.launches.append((eqn, operands))

@@ -123,7 +123,7 @@ def _shares(kinds: list[_Kind], matrices: int, jobs) -> _Shares:
         return -(-jobs(kind, groups) // (warps // split)) * (matrices * -(-units // split) + 1.5)
 
     def best(number: int, warps: int) -> tuple[float, int]:
-        splits = [s for s in (1, 2, 4, 8, 16) if warps % s == 0 and tile.WARPS % s == 0]
+        splits = [s for s in (1, 2, 4, 8, 16) if warps % s == 0]
         return min((cost(kinds[number], TYPICAL_GROUPS[number], warps, s), s) for s in splits)
 
     if len(kinds) == 1:

@@ -240,11 +240,11 @@ def _kernel(products: list[_Product]) -> str:
     if not all(is_whole(p.weight, p.n, p.k) for p in products):
         return "ragged"
     kinds = {p.kind for p in products}
+    if kinds == {FP8_WEIGHT, BF16_WEIGHT}:
+        return "many_fp8_bf16"
     name = KERNELS.get(kinds.pop()) if len(kinds) == 1 else None
     if len(products) == 1:
         return name or "many"
-    if {p.kind for p in products} == {FP8_WEIGHT, BF16_WEIGHT}:
-        return "many_fp8_bf16"
     return f"many_{name}" if name in ("fp8", "nvfp4") else "many"
 
 

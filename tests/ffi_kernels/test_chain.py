@@ -78,6 +78,22 @@ def test_updates_in_place_keep_their_order(backend):
     same([want[1], want[2]], [reference[1], reference[2]])
 
 
+def test_a_view_is_updated_in_place(backend):
+    """The ring is given flat: what is donated has another shape than what it is a view of."""
+
+    def function(flat, rows, x):
+        start, length = jnp.array([2], jnp.int32), jnp.array([1], jnp.int32)
+        y = ops.rms_norm(x, jnp.ones(64), 1e-6)
+        (new,) = ops.commit_rows([flat.reshape(1, 8, 64)], rows, start, length)
+        return ops.linear(y, x), new.reshape(-1), ops.rms_norm(flat.reshape(8, 64), jnp.ones(64), 1e-6)
+
+    flat = lambda: ring(3)[0].reshape(-1)  # noqa: E731
+    rows, x = [normal(11, (1, 1, 64), jnp.float32)], normal(12, (8, 64))
+    want = jax.jit(function)(flat(), rows, x)
+    same(jax.jit(ops.chained(function))(flat(), rows, x), want)
+    same(jax.jit(ops.chained(function), donate_argnums=0)(flat(), rows, x), want)
+
+
 def test_numbers_that_stand_in_the_jaxpr(backend):
     """Global scales that are known while tracing are no variables of it."""
     up, down = (ops.quantize_nvfp4_weight(normal(seed, shape, jnp.float32)) for seed, shape in ((8, (64, 128)), (9, (32, 64))))
