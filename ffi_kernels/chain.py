@@ -83,8 +83,9 @@ class _Evaluation:
         operands = [self.of(v) for v in eqn.invars]
         waits = any(v in self.written for v in operands)
         if _is_launch(eqn):
-            donated = {operands[i] for i, _ in eqn.params["input_output_aliases"]}
-            if any(eqn.invars[i] in self.root for i, _ in eqn.params["input_output_aliases"]):  # a view, of another shape than the result
+            updates = [i for i, _ in eqn.params["input_output_aliases"]]
+            donated = {operands[i] for i in updates}
+            if any(operands[i].aval.shape != eqn.invars[i].aval.shape for i in updates):  # XLA updates nothing of another shape
                 self.flush()
                 return self.bind(eqn)
             if donated & self.written or any(v in self.updated for v in operands):
