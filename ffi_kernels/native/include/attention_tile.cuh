@@ -206,6 +206,7 @@ DSV4_D void softmax_tile(const AttentionParams& p, const Role<kSplit>& role, uin
 #pragma unroll
       for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
     const float sum = warp_sum<kLanes>(sums[0]);
+    __syncwarp();  // all lanes have read what the first one overwrites: a shuffle orders no memory
     if (lane == 0) {
       const float factor = rescale(before, largest);
       in_shared<float>(role.base + p.factor + 4 * head) = factor;
