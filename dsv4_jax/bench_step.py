@@ -209,8 +209,8 @@ def run(
     """Figures of the step of a published configuration: all contexts at the first batch, then at the next one.
 
     Prints progress as it goes, with `kernels` also each setting's `kernel_table`, and keeps the figures of each setting in the
-    file `out` at once; begins none after `limit_s`
-    seconds. A setting that does not fit the device has its sentence under 'error'.
+    file `out` at once; begins none after `limit_s` seconds. A setting that does not fit the device has its sentence under
+    'error'.
     """
     config, recipe = trimmed(PRESETS[name], layers, experts), precision.get(recipe)
     began = time.perf_counter()

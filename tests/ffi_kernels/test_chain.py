@@ -11,6 +11,7 @@ import sim_driver as sim
 import ffi_kernels as ops
 from ffi_kernels import library
 
+
 def normal(seed, shape, dtype=jnp.bfloat16):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
