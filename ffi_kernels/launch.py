@@ -84,13 +84,17 @@ def launch(
     shared_bytes: int = 0,
     aliases: dict[int, int] | None = None,
     tensor_maps: Sequence[TensorMap] = (),
+    early: Sequence[int] = (),
+    late: bool = False,
 ) -> tuple[jax.Array | None, ...]:
     """One launch of `kernel` of `module` (the stem of the .cu file) as the custom call dsv4.<op>.<backend>.
 
     grid counts CTAs, cluster CTAs per cluster, shared_bytes the dynamic shared memory of a CTA. The params struct holds the tensor
     maps, each in 128 bytes on a multiple of 128, a pointer per input and per output in order, then the scalars: int32 for a
     Python int, float32 for a float. aliases maps an input to the output that updates it in place. Tensor maps are encoded at each
-    execution from the buffers' addresses then. Returns one array (or None) per output. ValueError if the launch is larger
+    execution from the buffers' addresses then. In a chain (chain.py) the kernel reads the inputs `early`, besides what no launch of
+    the chain writes, before it waits for the launches in front of it; a kernel that is `late` lets the next one start only after it has
+    waited itself. A launch whose early inputs may not be there yet does not start early. Returns one array (or None) per output. ValueError if the launch is larger
     than a device allows, or a tensor map larger than its buffer.
     """
     backend = current()
@@ -143,6 +147,8 @@ def launch(
         shared_bytes=np.int64(shared_bytes),
         tensor_maps=np.asarray([n for m in tensor_maps for n in m.numbers(slots[m.buffer])], np.int64),
         slots=np.asarray(slots, np.int64),
+        early=np.asarray([i for i in early if slots[i] >= 0], np.int64),
+        late=np.int64(late),
         inputs=np.int64(len(inputs)),
         scalars=np.frombuffer(packed, np.uint8),
     )

@@ -32,7 +32,7 @@ uint8_t* global_at(Machine& m, uint64_t address, uint64_t bytes, uint64_t align,
     if (r) m.last_region = static_cast<size_t>(r - m.regions.data());
   }
   if (r && early && !(access == Access::read && r->settled)) {
-    fail("%s %llu bytes at 0x%llx before griddepcontrol.wait: the launch before this one in its custom call may still run and %s them", doing(access),
+    fail("%s %llu bytes at 0x%llx before griddepcontrol.wait: a launch before this one in its custom call may still run and %s them", doing(access),
          (unsigned long long)bytes, (unsigned long long)address, r->settled ? "read" : "write");
   }
   if (r && (access == Access::read || r->writable)) return reinterpret_cast<uint8_t*>(address);

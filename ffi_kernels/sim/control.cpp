@@ -42,6 +42,12 @@ Step wait_for_launch(Ctx& c, const Instr&) {
   c.machine->waited = true;
   return Step::next;
 }
+Step let_next_start(Ctx& c, const Instr&) {
+  if (c.machine->launch.late && (c.mask & ~c.warp->waited)) {
+    fail("executes griddepcontrol.launch_dependents before griddepcontrol.wait, but its launch is late: the next one counts on what was written before it");
+  }
+  return Step::next;
+}
 Step sleep_(Ctx&, const Instr&) { return Step::yield; }
 
 void decode_call(Decode& d) {
@@ -103,7 +109,7 @@ void add_control(Decoders& t) {
   t["trap"] = [](Decode& d) { d.in.run = trap; };
   t["brkpt"] = [](Decode& d) { d.in.run = nothing; };
   t["nanosleep"] = [](Decode& d) { d.take("u32"); d.src(0, Type::b32); d.in.run = sleep_; };
-  t["griddepcontrol"] = [](Decode& d) { d.in.run = d.must({"launch_dependents", "wait"}) == 1 ? wait_for_launch : nothing; };
+  t["griddepcontrol"] = [](Decode& d) { d.in.run = d.must({"launch_dependents", "wait"}) == 1 ? wait_for_launch : let_next_start; };
   t["setmaxnreg"] = [](Decode& d) {
     d.must({"inc", "dec"});
     if (!d.take("sync")) d.wrong("needs .sync");

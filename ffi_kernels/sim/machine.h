@@ -165,7 +165,7 @@ struct Cluster {
 struct Region {
   uint64_t low, high;
   bool writable;
-  bool settled;  // no earlier launch of the custom call writes it
+  bool settled;  // Memory::settled
 };
 
 struct Options {

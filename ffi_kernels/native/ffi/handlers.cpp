@@ -14,6 +14,11 @@ namespace {
 
 using Ints = ffi::Span<const int64_t>;
 
+struct Buffer {
+  Memory memory;
+  int64_t writer = -1;  // the last launch before the present one that writes it
+};
+
 struct Call {
   std::vector<Launch> launches;
   std::vector<std::vector<uint8_t>> params;  // of each
@@ -37,12 +42,12 @@ void triple(Ints values, uint32_t (&out)[3]) {
 // tensor_maps: for each map of the params struct the number of its buffer, type, swizzle, rank, 5 dims, 4 strides, 5 sizes of the box.
 constexpr size_t kMapNumbers = 18;
 
-std::string encode_maps(Ints numbers, const Launch& launch, const std::vector<Memory>& buffers, EncodeTensorMap encode, uint8_t* params) {
+std::string encode_maps(Ints numbers, const Launch& launch, const std::vector<Buffer>& buffers, EncodeTensorMap encode, uint8_t* params) {
   if (numbers.size() % kMapNumbers) return "the attribute tensor_maps does not have 18 numbers for each tensor map";
   for (size_t i = 0; i < numbers.size() / kMapNumbers; ++i) {
     const int64_t* at = numbers.begin() + kMapNumbers * i;
     if (at[0] < 0 || at[0] >= int64_t(buffers.size())) return "a tensor map names a buffer that the custom call lacks";
-    TensorMapArguments tensor{int(at[1]), int(at[2]), uint32_t(at[3]), buffers[at[0]].data, {}, {}, {}};
+    TensorMapArguments tensor{int(at[1]), int(at[2]), uint32_t(at[3]), buffers[at[0]].memory.data, {}, {}, {}};
     std::copy_n(at + 4, 5, tensor.dims);
     std::copy_n(at + 9, 4, tensor.strides);
     std::copy_n(at + 13, 5, tensor.box);
@@ -54,21 +59,33 @@ std::string encode_maps(Ints numbers, const Launch& launch, const std::vector<Me
   return "";
 }
 
+// The first launch that may still run when launch `number` starts early. A launch lets the next one start at any time, or if it is late
+// after all those before it have ended, as they have in any case when one starts that does not follow.
+int64_t first_running(const std::vector<Launch>& launches, int64_t number) {
+  int64_t first = std::max<int64_t>(number - 1, 0);
+  while (first > 0 && launches[first].follows && !launches[first].late) --first;
+  return first;
+}
+
 // Launch `number` of a custom call; the names of its attributes end in its number, but for those of the first one.
 // slots: for each pointer of the params struct the number of the buffer (arguments, then results), or -1 for null; the first
-// `inputs` of them are only read. Tensor maps stand before the pointers; without an encoder they stay zero.
-std::string decode_launch(ffi::Dictionary attributes, int64_t number, EncodeTensorMap encode, std::vector<Memory>& buffers, Launch& launch, std::vector<uint8_t>& params) {
+// `inputs` of them are only read; early: those that are read before griddepcontrol.wait. Tensor maps stand before the pointers; without
+// an encoder they stay zero.
+std::string decode_launch(ffi::Dictionary attributes, int64_t number, EncodeTensorMap encode, std::vector<Buffer>& buffers,
+                          std::vector<Launch>& launches, std::vector<uint8_t>& params) {
+  Launch& launch = launches[number];
   const std::string end = number ? "_" + std::to_string(number) : "";
   std::string error;
   std::string_view arch, module, kernel;
-  Ints grid, block, cluster, maps, slots;
+  Ints grid, block, cluster, maps, slots, early;
   ffi::Span<const uint8_t> scalars;
-  int64_t shared_bytes = 0, inputs = 0;
+  int64_t shared_bytes = 0, inputs = 0, late = 0;
   if (!(attribute(attributes, "arch" + end, arch, error) && attribute(attributes, "module" + end, module, error) &&
         attribute(attributes, "kernel" + end, kernel, error) && attribute(attributes, "grid" + end, grid, error) &&
         attribute(attributes, "block" + end, block, error) && attribute(attributes, "cluster" + end, cluster, error) &&
         attribute(attributes, "tensor_maps" + end, maps, error) && attribute(attributes, "slots" + end, slots, error) &&
         attribute(attributes, "inputs" + end, inputs, error) && attribute(attributes, "scalars" + end, scalars, error) &&
+        attribute(attributes, "early" + end, early, error) && attribute(attributes, "late" + end, late, error) &&
         attribute(attributes, "shared_bytes" + end, shared_bytes, error)))
     return error;
   launch.arch = arch;
@@ -78,7 +95,9 @@ std::string decode_launch(ffi::Dictionary attributes, int64_t number, EncodeTens
   triple(block, launch.block);
   triple(cluster, launch.cluster);
   launch.shared_bytes = uint32_t(shared_bytes);
+  launch.late = late != 0;
   launch.follows = number > 0;
+  const int64_t running = first_running(launches, number);
   const size_t pointers = maps.size() / kMapNumbers * TensorMapArguments::kBytes, rest = pointers + 8 * slots.size();
   const size_t align = pointers ? TensorMapArguments::kBytes : 8;  // of the struct, which has a multiple of it
   params.resize((rest + scalars.size() + align - 1) / align * align);
@@ -87,15 +106,18 @@ std::string decode_launch(ffi::Dictionary attributes, int64_t number, EncodeTens
     if (slots[i] >= int64_t(buffers.size())) return "a pointer slot names a buffer that the custom call lacks";
     void* pointer = nullptr;
     if (slots[i] >= 0) {
-      launch.memory.push_back(buffers[slots[i]]);
+      const Buffer& buffer = buffers[slots[i]];
+      launch.memory.push_back(buffer.memory);
       launch.memory.back().writable = int64_t(i) >= inputs;
+      launch.memory.back().settled = buffer.writer < running;
+      if (buffer.writer >= running && std::find(early.begin(), early.end(), int64_t(i)) != early.end()) launch.follows = false;
       pointer = launch.memory.back().data;
     }
     std::memcpy(&params[pointers + 8 * i], &pointer, 8);
   }
   for (const Memory& written : launch.memory)
-    for (Memory& buffer : buffers)
-      if (written.writable && buffer.data == written.data) buffer.settled = false;  // an argument that is updated in place, too
+    for (Buffer& buffer : buffers)
+      if (written.writable && buffer.memory.data == written.data) buffer.writer = number;  // an argument that is updated in place, too
   if (scalars.size()) std::memcpy(&params[rest], scalars.begin(), scalars.size());
   launch.params = params.data();
   launch.params_bytes = params.size();
@@ -106,20 +128,20 @@ std::string decode(ffi::RemainingArgs args, ffi::RemainingRets results, ffi::Dic
   std::string error;
   int64_t launches = 0;
   if (!attribute(attributes, "launches", launches, error)) return error;
-  std::vector<Memory> buffers;
+  std::vector<Buffer> buffers;
   for (size_t i = 0; i < args.size(); ++i) {
     auto buffer = args.get<ffi::AnyBuffer>(i);
     if (!buffer.has_value()) return "an argument is not a buffer";
-    buffers.push_back({buffer->untyped_data(), buffer->size_bytes(), false});
+    buffers.push_back({{buffer->untyped_data(), buffer->size_bytes(), false}});
   }
   for (size_t i = 0; i < results.size(); ++i) {
     auto buffer = results.get<ffi::AnyBuffer>(i);
     if (!buffer.has_value()) return "a result is not a buffer";
-    buffers.push_back({(*buffer)->untyped_data(), (*buffer)->size_bytes(), true});
+    buffers.push_back({{(*buffer)->untyped_data(), (*buffer)->size_bytes(), true}});
   }
   call.launches.resize(launches);
   call.params.resize(launches);
-  for (int64_t i = 0; i < launches && error.empty(); ++i) error = decode_launch(attributes, i, encode, buffers, call.launches[i], call.params[i]);
+  for (int64_t i = 0; i < launches && error.empty(); ++i) error = decode_launch(attributes, i, encode, buffers, call.launches, call.params[i]);
   return error;
 }
 

@@ -13,7 +13,7 @@ struct Memory {  // a buffer that the kernel may touch
   void* data;
   size_t bytes;
   bool writable;
-  bool settled = true;  // no launch before this one in its custom call writes it
+  bool settled = true;  // no launch of its custom call that may still run when this one starts writes it
 };
 
 // A buffer as TMA sees it: a tensor of which boxes are copied. Numbers as cuTensorMapEncodeTiled takes them; sizes count from the
@@ -39,6 +39,7 @@ struct Launch {
   uint32_t cluster[3];
   uint32_t shared_bytes;  // dynamic
   bool follows = false;   // another launch of its custom call: it may start early, and waits by griddepcontrol.wait
+  bool late = false;      // lets the next one start only after that
   const uint8_t* params;  // the kernel's one argument, a POD; its tensor maps are encoded
   size_t params_bytes;
   std::vector<Memory> memory;
