@@ -137,11 +137,8 @@ DSV4_D void top_entries(const TopEntriesParams& p) {
   uint32_t keys[kVectors][4];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    if (v < vectors) {
-      load_keys<kBf16>(p, row, first + 128 * v, visible, keys[v]);
-    } else {
-      keys[v][0] = keys[v][1] = keys[v][2] = keys[v][3] = 0;
-    }
+    if (v >= vectors) break;
+    load_keys<kBf16>(p, row, first + 128 * v, visible, keys[v]);
   }
   (&shared.counts[0][0])[threadIdx.x] = 0;
   constexpr int kPasses = kBf16 ? 2 : 4;
@@ -162,6 +159,7 @@ DSV4_D void top_entries(const TopEntriesParams& p) {
     shift -= 8;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
+      if (v >= vectors) break;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const uint32_t digit = (keys[v][e] >> shift) ^ (prefix << 8);  // below 256 where the prefix is the same
@@ -178,6 +176,7 @@ DSV4_D void top_entries(const TopEntriesParams& p) {
   uint32_t before[kVectors], total = 0;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
+    if (v >= vectors) break;
     uint32_t own = 0;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -205,6 +204,7 @@ DSV4_D void top_entries(const TopEntriesParams& p) {
   }
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
+    if (v >= vectors) break;
     uint32_t above = better + (before[v] >> 16), level = level_before + (before[v] & 0xFFFF);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
