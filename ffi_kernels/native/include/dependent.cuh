@@ -13,6 +13,28 @@ DSV4_D void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" 
 // Before anything is read that another launch may have written, and before anything is written.
 DSV4_D void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// The same, and the next kernel may start afterwards: what was written before this launch is then there for it without a wait.
+DSV4_D void wait_and_let_next_start() {
+  wait_for_previous();
+  let_next_start();
+}
+
+// Brings the kernel's parameters nearer, by one warp: what is not looked at before the wait would be fetched after it.
+template <class Params>
+DSV4_D void touch_params(const Params& p) {
+  if (warp_id() != 1) return;
+  const int* words = reinterpret_cast<const int*>(&p);
+  int all = 0;
+#pragma unroll 1
+  for (int i = 0; i < int(sizeof(Params) / 64); ++i) all |= words[16 * i];
+  asm volatile("" ::"r"(all));
+}
+
+// Kernels of a few instructions per thread wait for their own code longer than for anything else: whatever ran before has driven it out
+// of the instruction caches. So they go through it twice, the first time before the wait, without inputs and without storing:
+// `for (int pass = kRehearsal; pass <= kReal; ++pass)`, not unrolled.
+enum Pass : int { kRehearsal = 0, kReal = 1 };
+
 // For kernels that have nothing to do in advance.
 DSV4_D void start_after_previous() {
   let_next_start();

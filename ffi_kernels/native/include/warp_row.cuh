@@ -44,14 +44,19 @@ struct WarpRow {
   static DSV4_D int channel(int j) { return j * 256 + 8 * int(lane_id()); }
   DSV4_D bool holds(int j) const { return channel(j) < width; }
 
-  template <typename T>
-  DSV4_D void load(const T* row) {  // bf16 or fp32 [width] in global memory, 16-byte aligned
+  DSV4_D void clear() {
 #pragma unroll
-    for (int j = 0; j < kRowVectors; ++j) {
+    for (int j = 0; j < kRowVectors; ++j)
 #pragma unroll
       for (int i = 0; i < kVector; ++i) x[j][i] = 0.0f;
+  }
+
+  template <typename T>
+  DSV4_D void load(const T* row) {  // bf16 or fp32 [width] in global memory, 16-byte aligned
+    clear();
+#pragma unroll
+    for (int j = 0; j < kRowVectors; ++j)
       if (holds(j)) load_vector(row + channel(j), x[j]);
-    }
   }
 
   DSV4_D void round_from(const float* row) {  // fp32 [width] in shared memory, 16-byte aligned, rounded to bf16
