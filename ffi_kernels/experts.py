@@ -54,6 +54,7 @@ def _check(x, routed, shared, ids, weights, dtype) -> None:
 
 
 SLOTS = 128  # picks of all tokens of a launch
+STAGED = 6 * 4096  # elements of the inputs that experts_down stages for one token; experts_up a third of them
 # One token's step on one machine, for which the work is split: the order of the sums must depend on neither routing nor machine.
 TYPICAL_GROUPS, TYPICAL_CTAS = (6, 1), 132  # matrices of the routed experts and of the shared one
 GROUPS_BYTES = 3 * 4 * SLOTS + (SLOTS + MAX_ROWS) * (4 + 4 + tile.COLUMNS) + 8  # Groups of expert_groups.cuh
@@ -84,14 +85,15 @@ def _kind(x: jax.Array, weights: tuple) -> _Kind:
     return _Kind(weights, form, *weights[0].shape[-2:])
 
 
-def _name(kinds: list[_Kind]) -> str:
+def _name(kinds: list[_Kind], apart: bool) -> str:
     """The kernel that serves these weights: the less it must know, the shorter it is (the end of experts.cu)."""
-    formats = {kind.format for kind in kinds}
-    if not all(tile.is_whole(kind.format, kind.n, kind.k) for kind in kinds):
-        return "ragged"
-    if formats <= {tile.MXFP4_WEIGHT, tile.FP8_WEIGHT}:
-        return "official"
-    return {tile.BF16_WEIGHT: "bf16", tile.NVFP4_WEIGHT: "nvfp4"}[formats.pop()] if len(formats) == 1 else "ragged"
+    formats, name = {kind.format for kind in kinds}, "ragged"
+    if all(tile.is_whole(kind.format, kind.n, kind.k) for kind in kinds):
+        if formats <= {tile.MXFP4_WEIGHT, tile.FP8_WEIGHT}:
+            name = "official"
+        elif len(formats) == 1:
+            name = {tile.BF16_WEIGHT: "bf16", tile.NVFP4_WEIGHT: "nvfp4"}[formats.pop()]
+    return name + "_apart" * apart
 
 
 def _each(kinds: list[_Kind], value) -> list[int]:
@@ -103,13 +105,14 @@ class _Shares(NamedTuple):
     """How the warps of a CTA share the work: see Shares and Team of the kernels."""
 
     splits: list[int]  # log2 of the warps that share 16 rows of a matrix, of both kinds; the order of the sums
-    routed_warps: int  # those of the routed experts if they are served beside the shared one
+    routed_warps: int  # those of the routed experts where they are served beside the shared one
 
 
-def _apart(kinds: list[_Kind], rows: int) -> bool:
-    """Whether some warps serve the shared expert while others serve the routed ones: those have the same inputs in the same form."""
+def _apart(kinds: list[_Kind], rows: int, slots: int, elements: int) -> bool:
+    """Whether some warps serve the shared expert while others serve the routed ones: of one token, if all inputs, of so many elements,
+    have the same form."""
     forms = {tile.FP8_WEIGHT if kind.format == tile.MXFP4_WEIGHT else kind.format for kind in kinds}
-    return rows == 1 and len(kinds) == 2 and len(forms) == 1
+    return rows == 1 and slots <= 32 and elements <= STAGED and len(kinds) == 2 and len(forms) == 1
 
 
 def _shares(kinds: list[_Kind], matrices: int, jobs) -> _Shares:
@@ -165,16 +168,17 @@ def _up(x, kinds: list[_Kind], ids, weights, experts_: int, limit: float) -> lis
     else:
         _refuse(f"inputs of D = {hidden}", shared)
     shares = _shares(kinds, 2, lambda k, groups: -(-k.tiles * groups // TYPICAL_CTAS))
+    apart = _apart(kinds, rows, ids.shape[1], 3 * tile.padded(hidden))
     h = [jax.ShapeDtypeStruct((rows, ids.shape[1], kinds[0].n), jnp.bfloat16)]
     h.append(jax.ShapeDtypeStruct((rows, kinds[1].n), jnp.bfloat16) if len(kinds) > 1 else None)
     return launch(
-        "experts", "experts", f"experts_up_{_name(kinds)}",
+        "experts", "experts", f"experts_up_{_name(kinds, apart)}",
         grid=(tile.CTAS[current()], 1, 1), block=32 * tile.WARPS, shared_bytes=shared,
-        inputs=[x, ids, weights, *_arrays(kinds, 2)], outputs=h,
+        inputs=[x, ids, weights, *_arrays(kinds, 2)], outputs=h, early=[0] if apart else [], late=True,
         scalars=[
             rows, ids.shape[1], experts_, hidden, columns,
             *_each(kinds, lambda k: k.format), *_each(kinds, lambda k: k.n),
-            *shares.splits, *_each(kinds, lambda k: k.tiles), shares.routed_warps if _apart(kinds, rows) else 0,
+            *shares.splits, *_each(kinds, lambda k: k.tiles), shares.routed_warps,
             float(limit),
         ],
     )  # fmt: skip
@@ -198,15 +202,16 @@ def _down(h: list, kinds: list[_Kind], ids, weights, experts_: int, dtype) -> ja
         _refuse(f"inputs of F = {kinds[0].k}", _fixed_bytes(1) + fixed + per_group)
     shared = _fixed_bytes(1) + fixed + batch * per_group
     shares = _shares(kinds, 1, lambda k, groups: -(-k.tiles // TYPICAL_CTAS) * groups)
+    apart = batch == most and _apart(kinds, rows, slots, sum(tile.padded(k.k) * count for k, count in zip(kinds, (slots, 1), strict=False)))
     return launch(
-        "experts", "experts", f"experts_down_{_name(kinds)}",
+        "experts", "experts", f"experts_down_{_name(kinds, apart)}",
         grid=(ctas, 1, 1), block=32 * tile.WARPS, shared_bytes=shared,
-        inputs=[*h, ids, weights, *_arrays(kinds, 1)],
+        inputs=[*h, ids, weights, *_arrays(kinds, 1)], early=[2, 3],
         outputs=[jax.ShapeDtypeStruct((rows, hidden), dtype)],
         scalars=[
             rows, slots, experts_, hidden, columns,
             *_each(kinds, lambda k: k.format), *_each(kinds, lambda k: k.k),
-            *shares.splits, shares.routed_warps if _apart(kinds, rows) and batch == most else 0,
+            *shares.splits, shares.routed_warps,
             batch, of_cta, space, int(dtype == jnp.bfloat16),
         ],
     )[0]  # fmt: skip

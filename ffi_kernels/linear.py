@@ -139,10 +139,14 @@ def split_of(form: int, n: int, k: int, matrices: int = 1) -> int:
     return split
 
 
+def padded(k: int) -> int:
+    """Elements of a row of inputs in shared memory (stage.cuh)."""
+    return -(-k // 512) * 512
+
+
 def column_space_bytes(k: int, columns: int) -> int:
     """Shared memory of the inputs of `columns` tokens, their scales and factors (stage.cuh)."""
-    padded = -(-k // 512) * 512
-    return columns * (2 * padded + 16) + padded // FP8_BLOCK * COLUMNS * 4 + COLUMNS * 4
+    return columns * (2 * padded(k) + 16) + padded(k) // FP8_BLOCK * COLUMNS * 4 + COLUMNS * 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,26 +261,26 @@ def _launch(op: str, leading: tuple, inputs: list[Input], products: list[_Produc
     columns, begins, offsets, shared = _plan(op, rows, inputs, products)
     token_groups, parts = -(-rows // columns), len(begins) - 1
 
-    def padded(values, count, fill=None):
+    def filled(values, count, fill=None):
         return [*values, *[fill] * (count - len(values))]
 
     outputs = [jax.ShapeDtypeStruct((*leading, *([p.groups] if p.groups > 1 else []), p.n), p.dtype) for p in products]
-    arrays = [padded([i.arrays[part] for i in inputs], INPUTS) for part in range(3)]
+    arrays = [filled([i.arrays[part] for i in inputs], INPUTS) for part in range(3)]
     matrices = [(p.w,) if p.weight == BF16_WEIGHT else (p.w.data, p.w.scale, getattr(p.w, "global_scale", None)) for p in products]
-    weights = [padded([padded(part, 3)[i] for part in matrices], PRODUCTS) for i in range(3)]
+    weights = [filled([filled(part, 3)[i] for part in matrices], PRODUCTS) for i in range(3)]
     first = np.cumsum([0] + [p.tiles * p.groups for p in products])
     of_products = [
         [p.kind, p.input, p.n, p.groups, p.split.bit_length() - 1, p.tiles, int(p.dtype == jnp.bfloat16), first[i]]
         for i, p in enumerate(products)
     ] + [[0] * 7 + [first[-1]]] * (PRODUCTS + 1 - len(products))
-    of_inputs = padded([[i.kind, i.k, i.groups, offset] for i, offset in zip(inputs, offsets, strict=True)], INPUTS, [0] * 4)
+    of_inputs = filled([[i.kind, i.k, i.groups, offset] for i, offset in zip(inputs, offsets, strict=True)], INPUTS, [0] * 4)
     results = launch(
         op, "linear", f"linear_{_kernel(products)}",
         grid=(token_groups, parts, 1), block=32 * WARPS, shared_bytes=shared,
-        inputs=sum(arrays + weights, []), outputs=padded(outputs, PRODUCTS),
+        inputs=sum(arrays + weights, []), outputs=filled(outputs, PRODUCTS),
         scalars=[
             len(products), rows, columns, max(i.k for i in inputs), *sum(of_products, []), *sum(of_inputs, []),
-            *padded(begins, PARTS + 1, 0), *padded([_part(products, *tiles) for tiles in zip(begins, begins[1:])], PARTS, 0),
+            *filled(begins, PARTS + 1, 0), *filled([_part(products, *tiles) for tiles in zip(begins, begins[1:])], PARTS, 0),
         ],
     )  # fmt: skip
     return list(results[: len(products)])

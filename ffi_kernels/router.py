@@ -55,7 +55,7 @@ def _route_tokens(x, gate, bias, table, tokens, count, scale):
         return launch(
             "route_tokens", "router", f"route_fixed_{form}", grid=(rows,), block=128 * count,
             inputs=[x, gate, table.astype(jnp.int32), None if tokens is None else tokens.astype(jnp.int32)], outputs=outputs,
-            scalars=[hidden, experts, count, table.shape[0], float(scale)],
+            scalars=[hidden, experts, count, table.shape[0], float(scale)], late=True,
         )  # fmt: skip
     per_cta = min(4, -(-experts // _MULTIPROCESSORS))
     together = 1 if rows == 1 else _ROWS
@@ -63,7 +63,7 @@ def _route_tokens(x, gate, bias, table, tokens, count, scale):
         "route_tokens", "router", f"router_scores_{form}_{together}", grid=(-(-experts // per_cta), -(-rows // together)),
         block=128 * per_cta, shared_bytes=16 * per_cta * together,
         inputs=[x, gate], outputs=[jax.ShapeDtypeStruct((rows, experts), jnp.float32)],
-        scalars=[rows, hidden, experts, per_cta],
+        scalars=[rows, hidden, experts, per_cta], late=True,
     )  # fmt: skip
     return launch(
         "route_tokens", "router", f"route_scores_{256 if experts <= 256 else 512}", grid=(rows,), block=32,

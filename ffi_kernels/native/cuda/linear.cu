@@ -137,24 +137,26 @@ DSV4_D void linear(const LinearParams& p) {
   uint8_t* inputs = reinterpret_cast<uint8_t*>(amax + kMaxRows);
 
   let_next_start();
+  touch_params(p);
   const int token = blockIdx.x * p.columns, count = min(p.columns, p.rows - token);
   LinearWalk<kinds, single> walk(p, blockIdx.y);
   if (walk.begin == walk.end) return wait_for_previous();
   const LinearPart part(p.part[blockIdx.y]);
   const LinearRows<kinds, single> rows{p, part, inputs, token, count};
   Stage<2, LinearRows<kinds, single>> stage(rows, count * rows.tensors(), p.most_k);
-  Ring<kinds, whole, LinearWalk<kinds, single>> ring(walk, shared + warp_id() * kRing * kSlot);
-  ring.start_one();  // more of the weights would delay the inputs
+  Ring<kinds, whole, LinearWalk<kinds, single>, kRing> ring(walk, shared + warp_id() * kRing * kSlot);
+  ring.start(true, 1);  // more of the weights would delay the inputs
+  Segment s;
+  bool more = walk.next(s);
   wait_for_previous();
   if (stage.fits()) stage.load();
-  ring.start();
+  ring.start(true);
   stage.write(rows.scaled(), amax);
   __syncthreads();
 
-  Segment s;
   Team before{0};
   int product = -1, parity = 0;
-  while (walk.next(s)) {
+  for (; more; more = walk.next(s)) {
     const LinearProduct& of = p.product[walk.product];
     const Team team{of.split_log2};
     if (!single && walk.product != product) {  // other teams from here on: those before must have read their sums

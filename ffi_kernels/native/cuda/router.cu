@@ -71,30 +71,50 @@ struct GateVector {
   }
 };
 
-// dots[r] = this slice's part of gate[expert] . x[r], in all lanes. As many vectors of the gate are in flight as registers allow.
+// A warp's slice of an expert's row of the gate. As many of its vectors are in flight as registers allow, the first ones from the start.
 template <bool kF32, int kRows>
-DSV4_D void slice_dots(const uint16_t* x, const void* gate, int rows, int hidden, int expert, int slice, float (&dots)[kRows]) {
-  const int vectors = hidden / 8, length = (vectors + kSlices - 1) / kSlices;
-  const int begin = slice * length + int(lane_id()), end = min((slice + 1) * length, vectors);
-  const int64_t row = int64_t(expert) * vectors;
-  constexpr int kAhead = kF32 || kRows > 1 ? 4 : 8;
+struct GateSlice {
+  static constexpr int kAhead = kF32 || kRows > 1 ? 4 : 8;
+  const void* gate;
+  int64_t row;
+  int vectors, begin, end;  // of D; of this lane
+  GateVector<kF32> ahead[kAhead] = {};
+
+  DSV4_D GateSlice(const void* gate_, int hidden, int expert, int slice) : gate(gate_), row(int64_t(expert) * (hidden / 8)), vectors(hidden / 8) {
+    const int length = (vectors + kSlices - 1) / kSlices;
+    begin = slice * length + int(lane_id()), end = min((slice + 1) * length, vectors);
+    load(begin);
+  }
+
+  DSV4_D void load(int v) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (v + 32 * i < end) ahead[i].load(gate, row + v + 32 * i);
+    }
+  }
+};
+
+// dots[r] = this slice's part of gate[expert] . x[r], in all lanes.
+template <bool kF32, int kRows>
+DSV4_D void slice_dots(GateSlice<kF32, kRows>& slice, const uint16_t* x, int rows, float (&dots)[kRows]) {
+  constexpr int kAhead = GateSlice<kF32, kRows>::kAhead;
+  const int vectors = slice.vectors, end = slice.end;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) dots[r] = 0.0f;
   const uint4 none = {0, 0, 0, 0};
-  for (int v = begin; v < end; v += 32 * kAhead) {
-    GateVector<kF32> ahead[kAhead] = {};
+  for (int v = slice.begin; v < end; v += 32 * kAhead) {
+    if (v != slice.begin) slice.load(v);
     uint4 inputs[kAhead][kRows];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int at = v + 32 * i;
-      if (at < end) ahead[i].load(gate, row + at);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) inputs[i][r] = at < end && r < rows ? reinterpret_cast<const uint4*>(x)[int64_t(r) * vectors + at] : none;
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       float w[8];
-      ahead[i].unpack(w);
+      slice.ahead[i].unpack(w);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         float a[8];
@@ -164,9 +184,11 @@ DSV4_D void router_scores(const RouterScoresParams& p) {
   extern __shared__ float parts[];  // [per_cta][kRows][4]
   const int local = int(warp_id()) / kSlices, slice = int(warp_id()) % kSlices;
   const int expert = int(blockIdx.x) * p.per_cta + local, first = int(blockIdx.y) * kRows, rows = min(p.rows - first, kRows);
+  GateSlice<kF32, kRows> gate(p.gate, p.hidden, min(expert, p.experts - 1), slice);
+  wait_and_let_next_start();
   if (expert < p.experts) {
     float dots[kRows];
-    slice_dots<kF32, kRows>(p.x + int64_t(first) * p.hidden, p.gate, rows, p.hidden, expert, slice, dots);
+    slice_dots<kF32, kRows>(gate, p.x + int64_t(first) * p.hidden, rows, dots);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (lane_id() == 0) parts[(local * kRows + r) * kSlices + slice] = dots[r];
@@ -184,10 +206,12 @@ template <bool kF32>
 DSV4_D void route_fixed(const RouteFixedParams& p) {
   __shared__ float parts[kMaxPicked * kSlices], picked[kMaxPicked];
   const int row = blockIdx.x, slot = int(warp_id()) / kSlices, slice = int(warp_id()) % kSlices;
+  wait_and_let_next_start();
   const int entry = p.tokens == nullptr ? row : min(max(p.tokens[row], 0), p.vocab - 1);
   const int expert = min(max(p.table[int64_t(entry) * p.count + slot], 0), p.experts - 1);
   float dots[1];
-  slice_dots<kF32, 1>(p.x + int64_t(row) * p.hidden, p.gate, 1, p.hidden, expert, slice, dots);
+  GateSlice<kF32, 1> gate(p.gate, p.hidden, expert, slice);
+  slice_dots<kF32, 1>(gate, p.x + int64_t(row) * p.hidden, 1, dots);
   if (lane_id() == 0) parts[slot * kSlices + slice] = dots[0];
   if (lane_id() == 0 && slice == 0) p.ids[row * p.count + slot] = expert;
   __syncthreads();
@@ -205,7 +229,7 @@ using dsv4::RouterScoresParams;
 using dsv4::RouteScoresParams;
 
 #define ROUTER_SCORES(name, f32, rows) \
-  extern "C" __global__ void __launch_bounds__(512, 1) name(const __grid_constant__ RouterScoresParams p) { dsv4::start_after_previous(); dsv4::router_scores<f32, rows>(p); }
+  extern "C" __global__ void __launch_bounds__(512, 1) name(const __grid_constant__ RouterScoresParams p) { dsv4::router_scores<f32, rows>(p); }
 ROUTER_SCORES(router_scores_bf16_1, false, 1)
 ROUTER_SCORES(router_scores_bf16_4, false, 4)
 ROUTER_SCORES(router_scores_f32_1, true, 1)
@@ -217,10 +241,8 @@ ROUTE_SCORES(route_scores_256, 8)
 ROUTE_SCORES(route_scores_512, 16)
 
 extern "C" __global__ void __launch_bounds__(1024, 1) route_fixed_bf16(const __grid_constant__ RouteFixedParams p) {
-  dsv4::start_after_previous();
   dsv4::route_fixed<false>(p);
 }
 extern "C" __global__ void __launch_bounds__(1024, 1) route_fixed_f32(const __grid_constant__ RouteFixedParams p) {
-  dsv4::start_after_previous();
   dsv4::route_fixed<true>(p);
 }

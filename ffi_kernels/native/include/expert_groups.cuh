@@ -24,6 +24,10 @@ struct Groups {
   int shared, all;                      // groups of the shared expert come first
 };
 
+// From L2: what no earlier launch of this multiprocessor has left in L1.
+template <class T>
+DSV4_D T early(const T* from) { return __ldcg(from); }
+
 // Groups of the shared expert.
 DSV4_D int shared_groups(bool shared, int rows, int columns) { return shared ? (rows + columns - 1) / columns : 0; }
 
@@ -35,8 +39,8 @@ DSV4_D void find_few_groups(Groups& g, const int* ids, const float* weights, int
   if (warp_id() == 0) {
     constexpr uint32_t kAll = 0xFFFFFFFFu;
     const bool there = lane < rows * slots;
-    const float weight = there ? weights[lane] : 0.0f;
-    const int id = there ? ids[lane] : 0, expert = weight != 0.0f ? min(max(id, 0), experts - 1) : -1;
+    const float weight = there ? early(weights + lane) : 0.0f;
+    const int id = there ? early(ids + lane) : 0, expert = weight != 0.0f ? min(max(id, 0), experts - 1) : -1;
     const uint32_t before = (1u << lane) - 1, of_row = (kAll >> (32 - slots)) << (there ? lane / slots * slots : 0);
     const int repeats = __popc(__match_any_sync(kAll, expert) & of_row & before), key = expert < 0 ? -1 : expert + repeats * experts;
     uint32_t same = __match_any_sync(kAll, key);
@@ -61,14 +65,34 @@ DSV4_D void find_few_groups(Groups& g, const int* ids, const float* weights, int
   __syncthreads();
 }
 
+// The same for one token with a shared expert and at most 32 slots, by one warp.
+DSV4_D void find_picks(Groups& g, const int* ids, const float* weights, int slots, int experts) {
+  const int lane = lane_id();
+  const bool there = lane < slots;
+  const float weight = there ? early(weights + lane) : 0.0f;
+  const int id = there ? early(ids + lane) : 0;
+  const uint32_t active = __ballot_sync(0xFFFFFFFFu, weight != 0.0f);
+  if (there) g.weight[lane] = weight;
+  if (weight != 0.0f) {
+    const int group = 1 + __popc(active & ((1u << lane) - 1));
+    g.matrix[group] = min(max(id, 0), experts - 1);
+    g.count[group] = 1;
+    g.member[group][0] = uint8_t(lane);
+  }
+  if (lane == 0) {
+    g.matrix[0] = 0, g.count[0] = 1, g.member[0][0] = 0;
+    g.shared = 1, g.all = 1 + __popc(active);
+  }
+}
+
 // All threads of the CTA. ids int32, weights fp32 [rows, slots], of `experts` experts; ids outside are clipped.
 DSV4_D void find_groups(Groups& g, const int* ids, const float* weights, int rows, int slots, int experts, bool shared, int columns) {
   const int t = threadIdx.x, pairs = rows * slots, of_shared = shared_groups(shared, rows, columns);
   if (pairs <= 32) return find_few_groups(g, ids, weights, rows, slots, experts, of_shared, columns);
   int expert = -1;
   if (t < pairs) {
-    g.weight[t] = weights[t];
-    expert = g.weight[t] != 0.0f ? min(max(ids[t], 0), experts - 1) : -1;
+    g.weight[t] = early(weights + t);
+    expert = g.weight[t] != 0.0f ? min(max(early(ids + t), 0), experts - 1) : -1;
     g.key[t] = expert;
   }
   for (int i = t; i < kMaxGroups; i += kTileThreads) g.count[i] = 0;

@@ -19,31 +19,24 @@ struct ExpertsUpParams {
   int kind[2], width[2];       // of the weights (Kind of tile.cuh); F
   int split_log2[2];           // of the warps of a team
   int tiles[2];                // of a matrix
-  int routed_warps;            // see Shares
+  int routed_warps;            // see own_kind
   float limit;
 };
 
-// The warps of a CTA that serve a kind: all of them, first the shared expert and then the others; or with one token, for which all
-// groups have the same inputs, the first `routed_warps` of them the routed experts and the rest the shared one, at the same time.
-struct Shares {
-  int routed_warps;  // or zero
-  DSV4_D bool apart() const { return routed_warps != 0; }
-  DSV4_D int own_kind() const { return int(warp_id()) >= routed_warps; }
-  // After this kind, or after 2; negative if there is none.
-  DSV4_D int next_kind(int kind) const { return !apart() ? kind - 1 : kind == 2 ? own_kind() : -1; }
-  DSV4_D Team team(int kind, int split_log2) const {
-    if (!apart()) return {split_log2};
-    return kind ? Team{split_log2, routed_warps, kTileWarps - routed_warps} : Team{split_log2, 0, routed_warps};
-  }
-};
+// All warps of a CTA serve first the shared expert and then the others. Or they serve one token, `apart`: all groups have inputs of
+// the same form and one column, and the first `routed_warps` serve the routed experts while the rest serves the shared one.
+DSV4_D int own_kind(int routed_warps) { return int(warp_id()) >= routed_warps; }
+DSV4_D Team own_team(int kind, int split_log2, int routed_warps) {
+  return kind ? Team{split_log2, routed_warps, kTileWarps - routed_warps} : Team{split_log2, 0, routed_warps};
+}
 
 // Tiles of 16 rows of gate and of up, group after group: a CTA has a run of those of the shared expert, which it may copy before the
 // groups are known, and a run of the others. Teams take turns, within a group where the inputs of groups differ.
-template <uint32_t kinds>
+template <uint32_t kinds, bool apart>
 struct UpWalk {
+  static_assert(!apart, "has an own walk");
   const ExpertsUpParams& p;
   const Groups& groups;
-  const Shares shares;
   const int shared;                   // groups of the shared expert
   bool known = false;                 // the other groups
   int kind = 2, group = 0, last = 0;  // of the present run, 2 before the first: the kind of its groups; the present one and the last one
@@ -53,12 +46,11 @@ struct UpWalk {
   int half = 1;                       // 0: gate, 1: up
 
   DSV4_D UpWalk(const ExpertsUpParams& params, const Groups& found)
-      : p(params), groups(found), shares{p.routed_warps}, shared(shared_groups(p.w[1][0] != nullptr, p.rows, p.columns)) {}
+      : p(params), groups(found), shared(shared_groups(p.w[1][0] != nullptr, p.rows, p.columns)) {}
 
   DSV4_D bool next_run() {
-    const int next = shares.next_kind(kind);
-    if (next < 0 || (next == 0 && !known)) return false;
-    kind = next;
+    if (kind == 0 || (kind == 1 && !known)) return false;
+    --kind;
     const int first = kind ? 0 : shared;
     const uint32_t all = (kind ? shared : groups.all - shared) * p.tiles[kind];
     begin = int(all * blockIdx.x / gridDim.x);
@@ -71,26 +63,23 @@ struct UpWalk {
   // The first tile of the present group, counted as those of its run are.
   DSV4_D int first_tile() const { return (kind ? group : group - shared) * p.tiles[kind]; }
 
-  DSV4_D Team team() const { return shares.team(kind, p.split_log2[kind]); }
+  DSV4_D Team team() const { return {p.split_log2[kind]}; }
 
-  // Whether there is another group with tiles for this CTA, or if kinds are served apart another run; its first tile comes with the
-  // next call of next_of_group.
+  // Whether there is another group with tiles for this CTA; its first tile comes with the next call of next_tile.
   DSV4_D bool next_group() {
     while (group >= last) {
       if (!next_run()) return false;
     }
     ++group;
-    limit = shares.apart() ? end : min(end, first_tile() + p.tiles[kind]);
+    limit = min(end, first_tile() + p.tiles[kind]);
     teams = team().count();
     tile = max(begin, first_tile()) + team().index() - teams;
-    if (shares.apart()) last = group;
     return true;
   }
 
-  DSV4_D bool next_of_group() {
+  DSV4_D bool next_tile() {
     tile += teams;
     if (tile >= limit) return false;
-    if (shares.apart()) group = last = (kind ? 0 : shared) + tile / p.tiles[kind];
     row = (tile - first_tile()) * kTileRows;
     return true;
   }
@@ -102,12 +91,66 @@ struct UpWalk {
   DSV4_D bool next(Segment& s) {
     half ^= 1;
     if (half == 0) {
-      while (teams == 0 || !next_of_group()) {
+      while (teams == 0 || !next_tile()) {
         if (!next_group()) {
           half = 1, teams = 0;
           return false;
         }
       }
+    }
+    s = segment(half);
+    return true;
+  }
+};
+
+// The same for one token: the tiles of one kind, whatever their group.
+template <uint32_t kinds>
+struct UpWalk<kinds, true> {
+  const ExpertsUpParams& p;
+  const Groups& groups;
+  const int kind, teams;
+  bool picked = false;          // whether `groups` has the matrices; until then they count as the first one
+  bool started = false;
+  int group = 0, row = 0;       // of the present tile
+  int left = 0;                 // tiles of the CTA from this one on
+  int half = 1;                 // 0: gate, 1: up
+
+  DSV4_D UpWalk(const ExpertsUpParams& params, const Groups& found)
+      : p(params), groups(found), kind(own_kind(p.routed_warps)), teams(team().count()) {}
+
+  DSV4_D Team team() const { return own_team(kind, p.split_log2[kind], p.routed_warps); }
+
+  // Before the first tile of so many groups of the kind.
+  DSV4_D void place(int count) {
+    const uint32_t all = count * p.tiles[kind];
+    const int tile = int(all * blockIdx.x / gridDim.x) + team().index();
+    left = int(all * (blockIdx.x + 1) / gridDim.x) - tile;
+    group = tile / p.tiles[kind];
+    row = (tile - group * p.tiles[kind]) * kTileRows;
+    group += kind ? 0 : 1;
+    half = 1;
+    started = false;
+  }
+
+  DSV4_D bool next_tile() {
+    if (started) {
+      left -= teams;
+      row += teams * kTileRows;
+      for (; row >= p.tiles[kind] * kTileRows; ++group) row -= p.tiles[kind] * kTileRows;
+    }
+    started = true;
+    return left > 0;
+  }
+
+  DSV4_D Segment segment(int of_up) const {
+    return {weight_rows<kinds>(format_of(p.kind[kind]), p.w[kind][of_up], p.scale[kind][of_up], kind || !picked ? 0 : groups.matrix[group], p.width[kind], p.hidden, row), team().rank(), 1 << p.split_log2[kind]};
+  }
+
+  DSV4_D bool next(Segment& s) {
+    half ^= 1;
+    if (half == 0 && (left <= 0 || !next_tile())) {
+      half = 1;
+      return false;
     }
     s = segment(half);
     return true;
@@ -126,41 +169,44 @@ struct ExpertsDownParams {
   int columns;                 // tokens of a group, at most 8
   int kind[2], width[2];
   int split_log2[2];           // of the warps of a team
-  int routed_warps;            // see Shares
+  int routed_warps;            // see own_kind
   int batch;                   // groups whose inputs are in shared memory at once
   int tiles;                   // of 16 rows of D, of a CTA, at most
   int space;                   // bytes of one group's columns
   int out_bf16;
 };
 
-// 16 rows of D of one group's matrix after the other: batch of groups by batch, in a batch first the groups of the shared expert, which
-// may be copied before the others are known, then those; in each part tile by tile. Teams take turns.
-template <uint32_t kinds>
+// The tiles of 16 rows of D that a CTA has.
+DSV4_D void own_tiles(const ExpertsDownParams& p, int& begin, int& tiles) {
+  const int all = (p.hidden + kTileRows - 1) / kTileRows;
+  begin = int(uint32_t(all) * blockIdx.x / gridDim.x);
+  tiles = int(uint32_t(all) * (blockIdx.x + 1) / gridDim.x) - begin;
+}
+
+// 16 rows of D of one group's matrix after the other: batch of groups by batch, in a batch first the groups of the shared expert, then
+// the others; in each part tile by tile. Teams take turns.
+template <uint32_t kinds, bool apart>
 struct DownWalk {
+  static_assert(!apart, "has an own walk");
   const ExpertsDownParams& p;
   const Groups& groups;
-  const Shares shares;
   const int shared;             // groups of the shared expert
-  bool known = false;           // the other groups
   int begin, tiles;             // tiles of this CTA
   int batch = 0, kind = 2;      // of the present part, two of a batch: the kind of its groups
   int first = 0, count = 0, job = 0, jobs = 0, teams = 0;
   int group = 0, tile = 0;      // of the present job
 
   DSV4_D DownWalk(const ExpertsDownParams& params, const Groups& found)
-      : p(params), groups(found), shares{p.routed_warps}, shared(shared_groups(p.w[1] != nullptr, p.rows, p.columns)) {
-    const int all = (p.hidden + kTileRows - 1) / kTileRows;
-    begin = int(uint32_t(all) * blockIdx.x / gridDim.x);
-    tiles = int(uint32_t(all) * (blockIdx.x + 1) / gridDim.x) - begin;
+      : p(params), groups(found), shared(shared_groups(p.w[1] != nullptr, p.rows, p.columns)) {
+    own_tiles(p, begin, tiles);
   }
 
-  DSV4_D Team team() const { return shares.team(kind, p.split_log2[kind]); }
+  DSV4_D Team team() const { return {p.split_log2[kind]}; }
   DSV4_D int groups_of_batch() const { return min(p.batch, groups.all - batch * p.batch); }
 
   DSV4_D bool next_part() {
-    const int next = shares.next_kind(kind);
-    if (next < 0 || (next == 0 && !known)) return false;
-    kind = next;
+    if (kind == 0) return false;
+    --kind;
     const int low = batch * p.batch, high = low + p.batch;
     first = kind ? low : max(low, shared);
     count = max(min(high, kind ? shared : groups.all) - first, 0);
@@ -176,7 +222,7 @@ struct DownWalk {
     return batch * p.batch < groups.all;
   }
 
-  DSV4_D bool next_of_part() {
+  DSV4_D bool next_job() {
     job += teams;
     if (job >= jobs) return false;
     tile = job / count;
@@ -189,10 +235,51 @@ struct DownWalk {
   }
 
   DSV4_D bool next(Segment& s) {
-    while (kind == 2 || !next_of_part()) {
+    while (kind == 2 || !next_job()) {
       if (next_part()) continue;
-      if (!known || !next_batch()) return false;
+      if (!next_batch()) return false;
     }
+    s = segment();
+    return true;
+  }
+};
+
+// The same for one token: the groups of one kind.
+template <uint32_t kinds>
+struct DownWalk<kinds, true> {
+  const ExpertsDownParams& p;
+  const Groups& groups;
+  const int kind, teams, count;  // groups
+  int begin, tiles;              // tiles of this CTA
+  int group, tile, left;         // of the present job; jobs from this one on
+  bool started = false;
+
+  DSV4_D DownWalk(const ExpertsDownParams& params, const Groups& found)
+      : p(params), groups(found), kind(own_kind(p.routed_warps)), teams(team().count()), count(kind ? 1 : groups.all - 1) {
+    own_tiles(p, begin, tiles);
+    const int job = team().index();
+    left = tiles * count - job;
+    tile = left > 0 ? job / count : 0;
+    group = !kind + job - tile * count;
+  }
+
+  DSV4_D Team team() const { return own_team(kind, p.split_log2[kind], p.routed_warps); }
+
+  DSV4_D bool next_job() {
+    if (started) {
+      left -= teams;
+      for (group += teams; group >= !kind + count; ++tile) group -= count;
+    }
+    started = true;
+    return left > 0;
+  }
+
+  DSV4_D Segment segment() const {
+    return {weight_rows<kinds>(format_of(p.kind[kind]), p.w[kind], p.scale[kind], kind ? 0 : groups.matrix[group], p.hidden, p.width[kind], (begin + tile) * kTileRows), team().rank(), 1 << p.split_log2[kind]};
+  }
+
+  DSV4_D bool next(Segment& s) {
+    if (left <= 0 || !next_job()) return false;
     s = segment();
     return true;
   }

@@ -27,8 +27,9 @@ struct Segment {
 
 // A warp's ring of slots, filled ahead of what is multiplied. `Walk::next(Segment&)` gives one segment after the other, and then
 // false as often as it is asked; the warp that consumes goes through the same segments with a walk of its own. `whole`: all
-// segments have 16 rows and whole units, and their scales lie on 16 bytes (but those of FP8).
-template <uint32_t kinds, bool whole, class Walk>
+// segments have 16 rows and whole units, and their scales lie on 16 bytes (but those of FP8). `ahead`: slots that are on their way
+// while one is consumed: kRing - 1, and that one is filled again before it is consumed, or kRing, and it is filled after that.
+template <uint32_t kinds, bool whole, class Walk, int ahead>
 struct Ring {
   Walk walk;
   Lane lane;
@@ -42,25 +43,25 @@ struct Ring {
   DSV4_D Ring(const Walk& at_start, uint8_t* warp_slots)
       : walk(at_start), lane(lane_offsets()), slots(shared_address(warp_slots)), slot(slots), data(nullptr), scale(nullptr) {}
 
-  // Fills all slots.
-  DSV4_D void start() {
-#pragma unroll 1
-    for (; filled < kRing; ++filled) fill(slots + filled * kSlot);
+  // Goes to where the next copies come from.
+  DSV4_D void place() {
+    if (unit >= units) advance();
   }
 
-  // Fills one slot; `start` does the rest.
-  DSV4_D void start_one() {
-    fill(slots);
-    filled = 1;
+  // From a matrix to one that lies behind it, before anything is copied.
+  DSV4_D void move(const MatrixBytes& by, int matrices) {
+    data += by.data * matrices;
+    scale += by.scale * matrices;
   }
 
-  // Fills as many slots as the walk has segments now; `start` does the rest once it has more.
-  DSV4_D void start_known() {
+  // Fills slots until `most` are on their way or the walk has no more segments now; with `all` it has all of them, and what
+  // they do not fill counts as full.
+  DSV4_D void start(bool all, int most = ahead) {
 #pragma unroll 1
-    for (; filled < kRing; ++filled) {
-      if (unit >= units) advance();
-      if (unit >= units) return;
-      fill(slots + filled * kSlot);
+    while (true) {
+      place();
+      if (filled >= most || (unit >= units && !all)) return;
+      fill(slots + filled++ * kSlot);
     }
   }
 
@@ -87,7 +88,6 @@ struct Ring {
   }
 
   DSV4_D void fill(uint32_t to) {
-    if (unit >= units) advance();
     if (unit < units) {
       const int id = lane_id();
       const bool first = whole || unit * kUnit < bytes, second = whole || unit * kUnit + 128 < bytes;
@@ -134,15 +134,23 @@ struct Ring {
 
   // The oldest slot, complete for all lanes.
   DSV4_D uint32_t wait() {
-    copy_async_wait<kRing - 1>();
+    copy_async_wait<ahead - 1>();
     __syncwarp();
-    return slot;
+    const uint32_t full = slot;
+    slot = slot == slots + (kRing - 1) * kSlot ? slots : slot + kSlot;
+    if (ahead < kRing) refill(slot);
+    return full;
   }
 
+  // Of what wait() has given.
   DSV4_D void release() {
     __syncwarp();
-    fill(slot);
-    slot = slot == slots + (kRing - 1) * kSlot ? slots : slot + kSlot;
+    if (ahead == kRing) refill(slot == slots ? slots + (kRing - 1) * kSlot : slot - kSlot);
+  }
+
+  DSV4_D void refill(uint32_t to) {
+    place();
+    fill(to);
   }
 };
 

@@ -159,6 +159,39 @@ DSV4_D uint4 load_chunk(const InputRows& in, int64_t row, int k) {
   return raw;
 }
 
+// The largest magnitude of the bf16 elements of `width` lanes, eight in each, as that of an fp32. All lanes of the warp.
+template <int width>
+DSV4_D uint32_t largest_magnitude(const uint4& x) {
+  constexpr uint32_t mask = 0x7FFF7FFFu;
+  uint32_t most = __vmaxu2(__vmaxu2(x.x & mask, x.y & mask), __vmaxu2(x.z & mask, x.w & mask));
+#pragma unroll
+  for (int offset = width / 2; offset; offset /= 2) most = __vmaxu2(most, __shfl_xor_sync(0xFFFFFFFFu, most, offset));
+  return max(most << 16, most & 0xFFFF0000u);
+}
+
+// Eight bf16 elements in the form of the columns. Whole warps, 256 elements of one row. `factor`: NVFP4, of the row; `exponent`: FP8, of
+// the scale of their block.
+DSV4_D uint4 column_values(int form, const uint4& raw, const float* factor, int& exponent) {
+  if (form == kPlain) return raw;
+  if (form == kPlainMixed) return mixed(raw);
+  float x[8];
+  unpack_bf16(x, raw);
+  if (form == kFp8Input) {
+    uint32_t out[4];
+    exponent = fp8_exponent(largest_magnitude<16>(raw));
+    const float inverse = power_of_two(-exponent);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] *= inverse;
+    out[0] = e4m3x2_to_f16x2(pack_e4m3(x[0], x[2]));
+    out[1] = e4m3x2_to_f16x2(pack_e4m3(x[4], x[6]));
+    out[2] = e4m3x2_to_f16x2(pack_e4m3(x[1], x[3]));
+    out[3] = e4m3x2_to_f16x2(pack_e4m3(x[5], x[7]));
+    overflow(out, exponent);
+    return make_uint4(out[0], out[1], out[2], out[3]);
+  }
+  return nvfp4_values(x, nvfp4_block_scale(largest_magnitude<2>(raw), *factor));
+}
+
 // Such a chunk in the form of the columns; writes the scale of its FP8 block, too. Whole warps, 256 elements of one row.
 DSV4_D uint4 stage_chunk(const InputRows& in, const uint4& raw, int k, int column, const ColumnSpace& out) {
   const bool quantize = in.scale == nullptr;
@@ -172,23 +205,10 @@ DSV4_D uint4 stage_chunk(const InputRows& in, const uint4& raw, int k, int colum
     if (k % 128 == 0) out.scale[k / 128 * kColumns + column] = e8m0_to_float(uint8_t(raw.z));
     return make_uint4(out8[0], out8[1], out8[2], out8[3]);
   }
-  float x[8];
-  unpack_bf16(x, raw);
-  if (in.form == kFp8Input) {
-    const int exponent = fp8_exponent(warp_max<16>(largest(x)));
-    if (k % 128 == 0) out.scale[k / 128 * kColumns + column] = power_of_two(exponent);
-    const float inverse = power_of_two(-exponent);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] *= inverse;
-    out8[0] = e4m3x2_to_f16x2(pack_e4m3(x[0], x[2]));
-    out8[1] = e4m3x2_to_f16x2(pack_e4m3(x[4], x[6]));
-    out8[2] = e4m3x2_to_f16x2(pack_e4m3(x[1], x[3]));
-    out8[3] = e4m3x2_to_f16x2(pack_e4m3(x[5], x[7]));
-    overflow(out8, exponent);
-    return make_uint4(out8[0], out8[1], out8[2], out8[3]);
-  }
-  const Nvfp4Scale scale = nvfp4_block_scale(warp_max<2>(largest(x)), out.factor[column]);
-  return nvfp4_values(x, scale);
+  int exponent = 0;
+  const uint4 values = column_values(in.form, raw, out.factor + column, exponent);
+  if (in.form == kFp8Input && k % 128 == 0) out.scale[k / 128 * kColumns + column] = power_of_two(exponent);
+  return values;
 }
 
 // The chunks of eight elements of `count` rows of `padded` elements that a thread takes: those of warps in turn, each within one
@@ -281,6 +301,69 @@ struct Stage {
     each([&](const StagedRow& r, const Chunks& c, const uint4& chunk) {
       *reinterpret_cast<uint4*>(r.out.data + r.column * column_bytes(r.in.k) + column_chunk(c.k / 8) * 16) = stage_chunk(r.in, chunk, c.k, r.column, r.out);
     });
+  }
+};
+
+// The rows of one token, all of them bf16 that become one column each in the same form, at most `chunks` * 4096 elements with their
+// padding. Where they come from and go to is found out at once; `load` and `write` are short. The last chunks may be beyond all rows.
+template <int chunks>
+struct TokenStage {
+  const uint4* from[chunks];  // or null for zeros
+  uint32_t to[chunks], scale[chunks];
+  const float* factor[chunks];
+  int row[chunks];            // negative beyond all rows
+  uint4 raw[chunks];
+
+  // at(i): row i < rows, its input bf16.
+  template <class At>
+  DSV4_D TokenStage(int rows, const At& at) {
+    int i = 0, k = int(threadIdx.x) * 8;
+#pragma unroll
+    for (int c = 0; c < chunks; ++c, k += kTileThreads * 8) {
+      StagedRow r{};
+      for (; i < rows; ++i) {
+        r = at(i);
+        if (k < padded_k(r.in.k)) break;
+        k -= padded_k(r.in.k);
+      }
+      row[c] = i < rows ? i : -1;
+      from[c] = i < rows && k < r.in.k ? reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(r.in.data) + r.row * r.in.k + k) : nullptr;
+      to[c] = shared_address(r.out.data) + column_chunk(k / 8) * 16;
+      scale[c] = shared_address(r.out.scale) + k / 128 * kColumns * 4;
+      factor[c] = r.out.factor;
+    }
+  }
+
+  DSV4_D void load() {  // from L2: it may be early
+#pragma unroll
+    for (int c = 0; c < chunks; ++c) raw[c] = from[c] ? __ldcg(from[c]) : make_uint4(0, 0, 0, 0);
+  }
+
+  // As Stage::write; `amax` has a word per row. Every row gets its factor.
+  template <class At>
+  DSV4_D void write(int rows, const At& at, int form, uint32_t* amax) {
+    if (form == kNvfp4Input) {
+      for (int i = threadIdx.x; i < rows; i += kTileThreads) amax[i] = 0;
+      __syncthreads();
+#pragma unroll
+      for (int c = 0; c < chunks; ++c) {
+        if (row[c] < 0) break;
+        float x[8];
+        unpack_bf16(x, raw[c]);
+        const uint32_t most = __reduce_max_sync(0xFFFFFFFFu, largest(x));
+        if (lane_id() == 0) atomicMax(amax + row[c], most);
+      }
+      __syncthreads();
+    }
+    for (int i = threadIdx.x; i < rows; i += kTileThreads) *at(i).out.factor = form == kNvfp4Input ? nvfp4_global_scale(amax[i]) : 1.0f;
+    if (form == kNvfp4Input) __syncthreads();  // the chunks below divide by the factors
+#pragma unroll
+    for (int c = 0; c < chunks; ++c) {
+      if (row[c] < 0) break;
+      int exponent = 0;
+      store16(to[c], column_values(form, raw[c], factor[c], exponent));
+      if (form == kFp8Input && lane_id() % 16 == 0) store4(scale[c], float_bits(power_of_two(exponent)));
+    }
   }
 };
 

@@ -73,6 +73,17 @@ DSV4_D WeightRows weight_rows(int format, const uint8_t* data, const uint8_t* sc
   return w;
 }
 
+// From the rows of one matrix to the same rows of the next one, of data and of scales, in bytes.
+struct MatrixBytes {
+  int64_t data, scale;
+};
+
+template <uint32_t kinds>
+DSV4_D MatrixBytes matrix_bytes(int format, int n, int k) {
+  const WeightRows w = weight_rows<kinds>(format, nullptr, nullptr, 0, n, k, 0);
+  return {int64_t(n) * w.row_bytes, int64_t(has_format<kinds, kFp8>(format) ? (n + 127) / 128 : n) * w.scale_bytes};
+}
+
 DSV4_D int units_of(const WeightRows& w) { return (w.row_bytes + kUnit - 1) / kUnit; }
 
 // Where 16-byte chunk c of a row lies in its slot: lanes that read chunks 4s + c of rows g and g + 1, or word c of chunk s of
@@ -179,6 +190,12 @@ DSV4_D uint4 load16(uint32_t shared) {
   return x;
 }
 
+DSV4_D void store16(uint32_t shared, const uint4& x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
+DSV4_D void store4(uint32_t shared, uint32_t x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared), "r"(x) : "memory"); }
+
 DSV4_D float2 load_floats(uint32_t shared) {
   float2 x;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(shared) : "memory");
@@ -197,10 +214,9 @@ DSV4_D uint16_t load2(uint32_t shared) {
   return x;
 }
 
-// Each calls `release` once it has read all of the slot, which is then filled again while it multiplies the rest.
+// Their loops stay loops: every kernel of a step finds its code outside the instruction caches, and waits for it.
 
-template <class Release>
-DSV4_D void unit_bf16(float (&sum)[4], uint32_t slot, const Lane& lane, const Columns& in, int unit, const Release& release) {
+DSV4_D void unit_bf16(float (&sum)[4], uint32_t slot, const Lane& lane, const Columns& in, int unit) {
   const uint32_t t = lane_id() & 3, column = in.data + unit * kUnit;
   uint4 low[4], high[4];
 #pragma unroll
@@ -208,7 +224,6 @@ DSV4_D void unit_bf16(float (&sum)[4], uint32_t slot, const Lane& lane, const Co
     low[s] = load16(slot + (lane.chunk ^ (s * 64)));
     high[s] = load16(slot + (lane.chunk ^ (s * 64)) + 8 * kUnit);
   }
-  release();
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     const uint4 b = load16(column + s * 64 + (t ^ (s >> 1)) * 16);
@@ -222,10 +237,10 @@ DSV4_D float fp8_scale(uint32_t slot, int block, uint32_t address) {
   return e8m0_to_float(uint8_t(load4(slot + kSlotScales + block * 4) >> (8 * (address & 3))));
 }
 
-template <bool plain, class Release>
-DSV4_D void unit_fp8(float (&sum)[4], uint32_t slot, const Lane& lane, const WeightRows& w, const Columns& in, int unit, const Release& release) {
+template <bool plain>
+DSV4_D void unit_fp8(float (&sum)[4], uint32_t slot, const Lane& lane, const WeightRows& w, const Columns& in, int unit) {
   const uint32_t column = in.data + unit * (2 * kUnit) + (lane_id() & 3) * 32;
-#pragma unroll
+#pragma unroll 1
   for (int block = 0; block < 2; ++block) {
     uint4 low[2], high[2];
 #pragma unroll
@@ -234,7 +249,6 @@ DSV4_D void unit_fp8(float (&sum)[4], uint32_t slot, const Lane& lane, const Wei
       high[s] = load16(slot + (lane.chunk ^ (block * 128 + s * 64)) + 8 * kUnit);
     }
     const float scale = fp8_scale(slot, block, uint32_t(reinterpret_cast<uint64_t>(w.scale)) + 2 * unit + block);
-    if (block == 1) release();
     float first[4] = {}, second[4] = {};  // two chains of products instead of one
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
@@ -257,8 +271,8 @@ DSV4_D void unit_fp8(float (&sum)[4], uint32_t slot, const Lane& lane, const Wei
   }
 }
 
-template <bool plain, class Release>
-DSV4_D void unit_mxfp4(float (&sum)[4], uint32_t slot, const Lane& lane, const Columns& in, int unit, const Release& release) {
+template <bool plain>
+DSV4_D void unit_mxfp4(float (&sum)[4], uint32_t slot, const Lane& lane, const Columns& in, int unit) {
   const uint32_t t = lane_id() & 3, column = in.data + unit * (4 * kUnit), scales = slot + kSlotScales + (lane_id() >> 2) * 16;
   uint32_t low_codes[4], high_codes[4], low_scales, high_scales;
   const auto load = [&](int s) {
@@ -270,10 +284,9 @@ DSV4_D void unit_mxfp4(float (&sum)[4], uint32_t slot, const Lane& lane, const C
     }
     low_scales = load4(scales + s * 4), high_scales = load4(scales + 8 * 16 + s * 4);
   };
-#pragma unroll
+#pragma unroll 1
   for (int s = 0; s < 4; ++s) {  // 128 elements
     load(s);
-    if (s == 3) release();
     float part[4] = {};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -299,12 +312,11 @@ DSV4_D void unit_mxfp4(float (&sum)[4], uint32_t slot, const Lane& lane, const C
   }
 }
 
-template <class Release>
-DSV4_D void unit_nvfp4(float (&sum)[4], uint32_t slot, const Lane& lane, const Columns& in, int unit, const Release& release) {
+DSV4_D void unit_nvfp4(float (&sum)[4], uint32_t slot, const Lane& lane, const Columns& in, int unit) {
   const uint32_t t = lane_id() & 3, scales = slot + kSlotScales + (lane_id() >> 2) * kScaleRow + t * 2;
   const uint32_t column = in.data + unit * (4 * kUnit) + t * 64 + (t >> 1) * 16, other_column = column + 16 - (t >> 1) * 32;
   float other[4] = {};  // two chains of products instead of one
-#pragma unroll
+#pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     uint32_t low[2][4], high[2][4], low_scales[2], high_scales[2];
 #pragma unroll
@@ -316,7 +328,6 @@ DSV4_D void unit_nvfp4(float (&sum)[4], uint32_t slot, const Lane& lane, const C
       low_scales[j] = e4m3x2_to_f16x2(load2(scales + s * 8));
       high_scales[j] = e4m3x2_to_f16x2(load2(scales + 8 * kScaleRow + s * 8));
     }
-    if (half == 1) release();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t both = i < 2 ? 0x1010 : 0x3232;  // this word's block, in both halves
@@ -346,20 +357,20 @@ template <uint32_t kinds, class Ring>
 DSV4_D void multiply_unit(float (&sum)[4], Ring& ring, int kind, const WeightRows& w, const Columns& in, int unit) {
   const uint32_t slot = ring.wait();
   const Lane& lane = ring.lane;
-  const auto release = [&] { ring.release(); };
   if (is<kinds, kNvfp4>(kind)) {
-    unit_nvfp4(sum, slot, lane, in, unit, release);
+    unit_nvfp4(sum, slot, lane, in, unit);
   } else if (is<kinds, kFp8>(kind)) {
-    unit_fp8<false>(sum, slot, lane, w, in, unit, release);
+    unit_fp8<false>(sum, slot, lane, w, in, unit);
   } else if (is<kinds, kMxfp4>(kind)) {
-    unit_mxfp4<false>(sum, slot, lane, in, unit, release);
+    unit_mxfp4<false>(sum, slot, lane, in, unit);
   } else if (is<kinds, kBf16>(kind)) {
-    unit_bf16(sum, slot, lane, in, unit, release);
+    unit_bf16(sum, slot, lane, in, unit);
   } else if (is<kinds, kFp8Plain>(kind)) {
-    unit_fp8<true>(sum, slot, lane, w, in, unit, release);
+    unit_fp8<true>(sum, slot, lane, w, in, unit);
   } else if (is<kinds, kMxfp4Plain>(kind)) {
-    unit_mxfp4<true>(sum, slot, lane, in, unit, release);
+    unit_mxfp4<true>(sum, slot, lane, in, unit);
   }
+  ring.release();
 }
 
 }  // namespace dsv4
