@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Sequence
 
 import jax
 
@@ -29,13 +30,32 @@ class Residual:
         return self.streams if self.sublayer is None else ops.hc_post(self.streams, *self.sublayer)
 
 
-def block(ctx: Context, name: str, w: dict, cache: LayerCache, residual: Residual, tokens, chunk: Chunk, ratio: int):
-    """residual of streams [B, T, M, D], tokens int32 [B, T] -> (residual, cache, Pending).
+TOGETHER = 8  # blocks whose launches are one custom call on native backends: between two calls every multiprocessor falls idle
 
-    Blocks of one kind and shape are traced once, unless `ctx.record` asks for what is inside.
+
+def blocks(
+    ctx: Context, names: Sequence[str], weights: Sequence[dict], layers: Sequence[LayerCache], residual: Residual, tokens, chunk: Chunk,
+    ratios: Sequence[int],
+):  # fmt: skip
+    """Consecutive blocks: residual of streams [B, T, M, D], tokens int32 [B, T] -> (residual, caches, Pendings).
+
+    Runs of blocks of the same kinds and shapes are traced once, unless `ctx.record` asks for what is inside.
     """
-    if ctx.record is None:
-        return _traced_once(ctx, w, cache, residual, tokens, chunk, ratio, ops.current())
+    backend, caches, pending = ops.current(), [], []
+    together = TOGETHER if backend != "xla" and ctx.record is None else 1
+    for first in range(0, len(names), together):
+        run = slice(first, first + together)
+        if ctx.record is None:
+            residual, new, rows = _traced_once(ctx, tuple(weights[run]), tuple(layers[run]), residual, tokens, chunk, tuple(ratios[run]), backend)
+        else:
+            residual, *one = _recorded(ctx, names[first], weights[first], layers[first], residual, tokens, chunk, ratios[first])
+            new, rows = ([x] for x in one)
+        caches += new
+        pending += rows
+    return residual, tuple(caches), tuple(pending)
+
+
+def _recorded(ctx: Context, name: str, w: dict, cache: LayerCache, residual: Residual, tokens, chunk: Chunk, ratio: int):
     inner = Context(ctx.config, ctx.recipe, ctx.mesh, ctx.expert_sharding, {})
     result = _block(inner, w, cache, residual, tokens, chunk, ratio)
     ctx.record.update({f"{name}.{site}": value for site, value in inner.record.items()})
@@ -68,6 +88,14 @@ def _enter(ctx: Context, residual: Residual, hc: dict, norm_weight, quantize: st
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7))
-def _traced_once(ctx: Context, w, cache, residual, tokens, chunk, ratio, backend):
+def _traced_once(ctx: Context, weights, layers, residual, tokens, chunk, ratios, backend):
+    def run(weights, layers, residual, tokens, chunk):
+        caches, pending = [], []
+        for w, cache, ratio in zip(weights, layers, ratios, strict=True):
+            residual, cache, rows = _block(ctx, w, cache, residual, tokens, chunk, ratio)
+            caches.append(cache)
+            pending.append(rows)
+        return residual, caches, pending
+
     with ops.backend(backend):
-        return ops.chained(lambda *arrays: _block(ctx, *arrays, ratio))(w, cache, residual, tokens, chunk)
+        return ops.chained(run)(weights, layers, residual, tokens, chunk)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 import ffi_kernels as ops
 from dsv4_jax import cache as caches
 from dsv4_jax import params
-from dsv4_jax.block import Residual, block
+from dsv4_jax.block import Residual, blocks
 from dsv4_jax.cache import DECODE_TOKENS, Chunk, DecodeState, Pending
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.layers import embed, head, kernels_for, to_streams
@@ -94,15 +94,12 @@ def _advance(ctx: Context, weights: dict, state: DecodeState, tokens: jax.Array,
         tokens = jnp.pad(tokens, ((0, 0), (0, width - count)))
         chunk = Chunk.make(chunk.start, chunk.length, width)
     residual = Residual(to_streams(ctx, embed(ctx, weights["embed"], tokens)))
-    layers, pending = [], []
-    for i, (w, cache, ratio) in enumerate(zip(weights["layers"], state.layers, ctx.config.layer_ratios, strict=True)):
-        residual, cache, rows = block(ctx, f"layers.{i}", w, cache, residual, tokens, chunk, ratio)
-        layers.append(cache)
-        pending.append(rows)
+    names = [f"layers.{i}" for i in range(len(state.layers))]
+    residual, layers, pending = blocks(ctx, names, weights["layers"], state.layers, residual, tokens, chunk, ctx.config.layer_ratios)
     streams = residual.settled()
     if few:
         streams, pending = jax.tree.map(lambda x: x[:, :count], (streams, pending))
-    return streams, dataclasses.replace(state, layers=tuple(layers)), tuple(pending)
+    return streams, dataclasses.replace(state, layers=layers), pending
 
 
 def accept(state: DecodeState, pending: tuple[Pending, ...], chunk: Chunk) -> DecodeState:
