@@ -1,5 +1,7 @@
 """Several launches in one custom call: the same bits as one by one, and kernels that start early touch only what they may."""
 
+import functools
+import importlib
 import re
 
 import jax
@@ -146,6 +148,43 @@ def test_a_launch_that_does_not(interpreter, mistake):
     with pytest.raises(sim.SimError, match=MISTAKES[mistake]):
         add(mistake)
     add(mistake, follows=False)  # alone, it may
+
+
+def test_a_launch_that_lets_the_next_one_start_too_soon(interpreter, monkeypatch):
+    """A late launch is counted on to have waited; this one has not."""
+    norm = importlib.import_module("ffi_kernels.norm")
+    monkeypatch.setattr(norm, "launch", functools.partial(norm.launch, late=True))
+    with ops.backend("sim"), pytest.raises(Exception, match="launch_dependents before griddepcontrol.wait, but its launch is late"):
+        np.asarray(jax.jit(lambda x: ops.rms_norm(x, jnp.ones(64), 1e-6))(normal(13, (1, 64))))
+
+
+def mixture():
+    """Weights of six experts and a shared one, and a router."""
+    sizes = {"w1": (128, 256), "w3": (128, 256), "w2": (256, 128)}
+    with ops.backend("xla"):
+        routed = {n: ops.quantize_mxfp4(normal(20 + i, (6, *s), jnp.float32) / 16) for i, (n, s) in enumerate(sizes.items())}
+        shared = {n: ops.quantize_fp8_weight(normal(30 + i, s, jnp.float32) / 16) for i, (n, s) in enumerate(sizes.items())}
+    return {"routed": routed, "shared": shared, "norm": jnp.ones(256), "gate": normal(40, (6, 256)), "bias": normal(41, (6,), jnp.float32)}
+
+
+@pytest.mark.parametrize("launches_between", ["none", "one that does not wait for x", "one that does"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_inputs_that_are_read_early(backend, rows, launches_between):
+    """experts reads its input, and its second launch the picks, while launches in front of it may still run: not those that write them."""
+
+    def function(w, x):
+        x = ops.rms_norm(x, w["norm"], 1e-6)
+        ids, weights = jnp.asarray([[3, 1]] * rows, jnp.int32), jnp.full((rows, 2), 0.5)
+        y = ()
+        if launches_between == "one that does":
+            ids, weights = ops.route_tokens(x, w["gate"], w["bias"], None, None, count=2, scale=1.5)
+        elif launches_between != "none":
+            y = ops.linear(w["gate"][:2], w["gate"])
+        return ops.experts(x, w["routed"], w["shared"], ids, weights, 10.0, jnp.bfloat16), y
+
+    weights, x = mixture(), normal(14, (rows, 256))
+    same(jax.jit(ops.chained(function))(weights, x), jax.jit(function)(weights, x))
+    assert calls(ops.chained(function), weights, x) == [{"none": 3, "one that does": 5}.get(launches_between, 4)]
 
 
 def test_every_kernel_waits():

@@ -74,10 +74,11 @@ def test_recipes(backend, recipe, rows):
     check(made(recipe, rows), *routing(rows, 2, 6))
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("recipe", ["bf16", "official", "nvfp4"])
-def test_whole_units(backend, recipe):
+def test_whole_units(backend, recipe, rows):
     """Sizes that the kernels of one recipe serve: whole tiles and units."""
-    check(made(recipe, 2, (3, 512, 512, 512)), *routing(2, 2, 3))
+    check(made(recipe, rows, (3, 512, 512, 512)), *routing(rows, 2, 3))
 
 
 @pytest.mark.parametrize("room", [3, 1])
@@ -131,6 +132,14 @@ def test_slots_of_weight_zero(backend, shared):
     got = check((x, routed, own), ids, weights)
     if not shared:
         assert not got[0].any()
+
+
+@pytest.mark.parametrize("weights", [(0.0, 0.5, 0.25), (0.5, 0.0, -0.0), (0.0, 0.0, 0.0)])
+@pytest.mark.parametrize("recipe", ["bf16", "official", "nvfp4"])
+def test_slots_of_weight_zero_of_one_token(backend, recipe, weights):
+    """The kernels of one token find their places before they know which slots count."""
+    ids, _ = routing(1, 3, 6)
+    check(made(recipe, 1), ids, np.float32([weights]))
 
 
 @pytest.mark.parametrize("recipe", ["official", "nvfp4"])
