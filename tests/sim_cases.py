@@ -127,6 +127,8 @@ def experts(routed, shared, rows, slots, sizes, room=None):
     weights = RNG.uniform(0.1, 1.0, ids.shape).astype(F32)
     if rows > 2:
         weights[1, 1] = 0
+    if slots > 3:
+        weights[0, 1] = 0
     module = importlib.import_module("ffi_kernels.experts")
     most = module.MAX_SHARED_BYTES if room is None else module._fixed_bytes(2) + (module.GROUPS_BYTES + 47) // 16 * 16 + module.tile.column_space_bytes(hidden, room)
     with changed("experts", MAX_SHARED_BYTES=most):
@@ -140,6 +142,7 @@ EXPERTS = {
     "batches": ("nvfp4", "nvfp4", 11, 2, (6, 128, 256, 128), 3), "plain batches": ("bf16", "bf16", 11, 2, (6, 48, 128, 40), 3), "ragged bf16": ("bf16", "bf16", 2, 2, (3, 40, 72, 24)),
     "no shared": ("mxfp4", "mxfp4", 2, 3, (6, 128, 128, 0)), "many": ("bf16", "bf16", 12, 3, (6, 48, 128, 40)),
     "token official": ("mxfp4", "fp8", 1, 3, (5, 512, 512, 512)), "token nvfp4": ("nvfp4", "nvfp4", 1, 3, (5, 512, 512, 256)),
+    "token zero": ("nvfp4", "nvfp4", 1, 4, (5, 512, 512, 256)),
 }  # fmt: skip
 for _name, _how in EXPERTS.items():
     case(f"experts {_name}")(lambda how=_how: experts(*how))
