@@ -102,15 +102,18 @@ def _loop(model: Model, token, state, steps):
         return jax.lax.fori_loop(0, steps, body, (token, state))
 
 
-def bytes_per_token(config: ModelConfig, weights, state) -> int:
-    """Bytes that a step must read: every weight but the experts not picked and the rows of tables, and the caches."""
+def bytes_per_step(config: ModelConfig, weights, state) -> int:
+    """Bytes that a step must read: every weight but the experts that no sequence picks and the rows of tables, and the caches.
+
+    Experts: as many different ones as sequences are expected to pick that pick evenly and without regard to each other.
+    """
+    picked = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** state.position.shape[0]
     total = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
         name = jax.tree_util.keystr(path)
         if "'embed'" in name or "tid2eid" in name:
             continue
-        share = config.num_experts_per_tok / config.n_routed_experts if "'experts'" in name else 1.0
-        total += int(leaf.nbytes * share)
+        total += int(leaf.nbytes * (picked if "'experts'" in name else 1))
     for layer in state.layers:
         for path, leaf in jax.tree_util.tree_leaves_with_path(layer):
             name = jax.tree_util.keystr(path)
@@ -247,7 +250,7 @@ def _time(model: Model, batch: int, context: int, read: float) -> dict:
     reads its condition back. cpu_ms_per_step: CPU time of all threads of the process meanwhile, waits that spin included."""
     config = model.config
     state = random_state(config, model.recipe, batch, context, room=(LOOPS + 3) * STEPS)
-    need = bytes_per_token(config, model.weights, state)
+    need = bytes_per_step(config, model.weights, state)
     token = jnp.arange(batch, dtype=jnp.int32) % config.vocab_size
     began = time.perf_counter()
     lowered = _loop.lower(model, token, state, STEPS)

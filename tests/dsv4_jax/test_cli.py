@@ -150,6 +150,17 @@ def test_bench_of_random_weights_keeps_each_setting_at_once(capsys, monkeypatch,
     assert code == 0 and "stopped here" in out and len(kept.read_text().splitlines()) == 5
 
 
+def test_bytes_of_a_step_have_every_picked_expert_once():
+    from dsv4_jax import bench_step
+
+    config = dsv4.TINY
+    weights = {"embed": np.zeros(1000, np.uint8), "layers": [{"experts": np.zeros((config.n_routed_experts, 64), np.uint8), "norm": np.zeros(10, np.uint8)}]}
+    need = lambda batch: bench_step.bytes_per_step(config, weights, types.SimpleNamespace(position=np.zeros(batch), layers=()))  # noqa: E731
+    picked, all_of_them = config.num_experts_per_tok * 64, config.n_routed_experts * 64
+    assert need(1) == 10 + picked and need(1000) in (9 + all_of_them, 10 + all_of_them)
+    assert need(2) == 10 + int(2 * picked - picked * picked / all_of_them), "two sequences share some"
+
+
 def profile(planes: dict):
     """Stands for jax.profiler.ProfileData: {plane: {line: [(event, start_ns, duration_ns)]}}."""
 
