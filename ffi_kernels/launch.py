@@ -94,8 +94,8 @@ def launch(
     Python int, float32 for a float. aliases maps an input to the output that updates it in place. Tensor maps are encoded at each
     execution from the buffers' addresses then. In a chain (chain.py) the kernel reads the inputs `early`, besides what no launch of
     the chain writes, before it waits for the launches in front of it; a kernel that is `late` lets the next one start only after it has
-    waited itself. A launch whose early inputs may not be there yet does not start early. Returns one array (or None) per output. ValueError if the launch is larger
-    than a device allows, or a tensor map larger than its buffer.
+    waited itself. A launch whose early inputs may not be there yet does not start early. Returns one array (or None) per output.
+    ValueError if the launch is larger than a device allows, or a tensor map larger than its buffer.
     """
     backend = current()
     grid = [*grid, 1, 1][:3]
