@@ -30,9 +30,10 @@ DSV4_D void touch_params(const Params& p) {
   asm volatile("" ::"r"(all));
 }
 
-// Kernels of a few instructions per thread wait for their own code longer than for anything else: whatever ran before has driven it out
-// of the instruction caches. So they go through it twice, the first time before the wait, without inputs and without storing:
-// `for (int pass = kRehearsal; pass <= kReal; ++pass)`, not unrolled.
+// A kernel of few instructions waits for its own code longer than for anything else: whatever ran before has driven it out of the
+// instruction caches. It may go through it twice, the first time before the wait, without inputs and without storing:
+// `for (int pass = kRehearsal; pass <= kReal; ++pass)`, not unrolled. Of the small kernels of a step, `queries` gained by it (0.8 us of
+// 3.9 us), route_scores and the latent rows did not, and the products lost.
 enum Pass : int { kRehearsal = 0, kReal = 1 };
 
 // For kernels that have nothing to do in advance.
