@@ -55,6 +55,12 @@ def blocks(
     return residual, tuple(caches), tuple(pending)
 
 
+def block(ctx: Context, name: str, w: dict, cache: LayerCache, residual: Residual, tokens, chunk: Chunk, ratio: int):
+    """One of them -> (residual, cache, Pending)."""
+    residual, (cache,), (pending,) = blocks(ctx, [name], [w], [cache], residual, tokens, chunk, [ratio])
+    return residual, cache, pending
+
+
 def _recorded(ctx: Context, name: str, w: dict, cache: LayerCache, residual: Residual, tokens, chunk: Chunk, ratio: int):
     inner = Context(ctx.config, ctx.recipe, ctx.mesh, ctx.expert_sharding, {})
     result = _block(inner, w, cache, residual, tokens, chunk, ratio)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 import ffi_kernels as ops
-from dsv4_jax.block import Residual, blocks
+from dsv4_jax.block import Residual, block
 from dsv4_jax.cache import Chunk, LayerCache
 from dsv4_jax.layers import embed, head, kernels_for, linear, norm
 from dsv4_jax.sharding import Context
@@ -23,7 +23,7 @@ def mtp(ctx: Context, weights: dict, cache: LayerCache, hidden: jax.Array, next_
         e = linear(ctx, norm(ctx, embed(ctx, weights["embed"], next_tokens), w["enorm"]), w["e_proj"])
         h = linear(ctx, norm(ctx, hidden, w["hnorm"]), w["h_proj"])
         x = ops.round_to(e[..., None, :].astype(jnp.float32) + h.astype(jnp.float32), ctx.recipe.activation_dtype)
-        residual, (cache,), (pending,) = blocks(ctx, ["mtp"], [w], [cache], Residual(x), next_tokens, chunk, [0])
+        residual, cache, pending = block(ctx, "mtp", w, cache, Residual(x), next_tokens, chunk, 0)
         return residual.settled(), cache, pending
 
 
