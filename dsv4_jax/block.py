@@ -45,11 +45,8 @@ def blocks(
     together = TOGETHER if backend != "xla" and ctx.record is None else 1
     for first in range(0, len(names), together):
         run = slice(first, first + together)
-        if ctx.record is None:
-            residual, new, rows = _traced_once(ctx, tuple(weights[run]), tuple(layers[run]), residual, tokens, chunk, tuple(ratios[run]), backend)
-        else:
-            residual, *one = _recorded(ctx, names[first], weights[first], layers[first], residual, tokens, chunk, ratios[first])
-            new, rows = ([x] for x in one)
+        arguments = tuple(weights[run]), tuple(layers[run]), residual, tokens, chunk, tuple(ratios[run])
+        residual, new, rows = _traced_once(ctx, *arguments, backend) if ctx.record is None else _recorded(ctx, names[first], *arguments)
         caches += new
         pending += rows
     return residual, tuple(caches), tuple(pending)
@@ -61,11 +58,27 @@ def block(ctx: Context, name: str, w: dict, cache: LayerCache, residual: Residua
     return residual, cache, pending
 
 
-def _recorded(ctx: Context, name: str, w: dict, cache: LayerCache, residual: Residual, tokens, chunk: Chunk, ratio: int):
+def _recorded(ctx: Context, name: str, *arguments):
+    """`_run` of one block, whose values `ctx.record` keeps under its name."""
     inner = Context(ctx.config, ctx.recipe, ctx.mesh, ctx.expert_sharding, {})
-    result = _block(inner, w, cache, residual, tokens, chunk, ratio)
+    result = _run(inner, *arguments)
     ctx.record.update({f"{name}.{site}": value for site, value in inner.record.items()})
     return result
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6, 7))
+def _traced_once(ctx: Context, weights, layers, residual, tokens, chunk, ratios, backend):
+    with ops.backend(backend):
+        return ops.chained(lambda *arrays: _run(ctx, *arrays, ratios))(weights, layers, residual, tokens, chunk)
+
+
+def _run(ctx: Context, weights, layers, residual, tokens, chunk, ratios):
+    caches, pending = [], []
+    for w, cache, ratio in zip(weights, layers, ratios, strict=True):
+        residual, cache, rows = _block(ctx, w, cache, residual, tokens, chunk, ratio)
+        caches.append(cache)
+        pending.append(rows)
+    return residual, caches, pending
 
 
 def _block(ctx: Context, w: dict, cache: LayerCache, residual: Residual, tokens, chunk: Chunk, ratio: int):
@@ -91,17 +104,3 @@ def _enter(ctx: Context, residual: Residual, hc: dict, norm_weight, quantize: st
     if residual.sublayer is None:
         return residual.streams, *ops.hc_pre_norm(residual.streams, *mix, **static)
     return ops.hc_post_pre_norm(residual.streams, *residual.sublayer, *mix, **static)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 6, 7))
-def _traced_once(ctx: Context, weights, layers, residual, tokens, chunk, ratios, backend):
-    def run(weights, layers, residual, tokens, chunk):
-        caches, pending = [], []
-        for w, cache, ratio in zip(weights, layers, ratios, strict=True):
-            residual, cache, rows = _block(ctx, w, cache, residual, tokens, chunk, ratio)
-            caches.append(cache)
-            pending.append(rows)
-        return residual, caches, pending
-
-    with ops.backend(backend):
-        return ops.chained(run)(weights, layers, residual, tokens, chunk)

@@ -32,7 +32,7 @@ DSV4_D void experts_up(const ExpertsUpParams& p) {
   UpWalk<kinds, apart> walk(p, groups);
   if constexpr (apart) walk.place(walk.kind ? 1 : p.slots);  // right if all slots count
   Ring<kinds, whole, UpWalk<kinds, apart>, kAhead> ring(walk, shared + warp_id() * kRing * kSlot);
-  ring.start(apart && walk.kind, apart && !walk.kind ? 0 : kAhead);
+  ring.start(apart && walk.kind, apart && !walk.kind ? 0 : kAhead);  // of the shared expert; the others only find their place
   int parity = 0;
   // The rows that the walk stands at, of gate and up, for each token of its group.
   const auto tile = [&](const Team& team, int kind, int count) {

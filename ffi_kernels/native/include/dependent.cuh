@@ -1,6 +1,7 @@
 // Programmatic dependent launch: in a custom call of several launches (ffi_kernels/chain.py) a kernel starts while the one before
-// it still runs, and meanwhile may read what no launch writes, its weights above all. Every kernel calls both functions, in every
-// thread: a kernel that has ended must mean that all those before it have.
+// it still runs, and meanwhile may read what no launch writes, its weights above all, and the inputs that its launch calls early
+// (ffi_kernels/launch.py). Every thread waits: a kernel that has ended must mean that all those before it have. And one thread of
+// each CTA at least lets the next kernel start.
 #pragma once
 
 #include "numerics.h"
