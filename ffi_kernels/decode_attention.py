@@ -26,8 +26,9 @@ _TEAM_CHANNELS = 256  # from which on half of a CTA has a thread for each entry
 # 8, guessed for 4 and 16 from GPCs that fit it.
 _CTAS = {1: 132, 2: 132, 4: 116, 8: 112, 16: 96}
 # Time of a CTA, relative, measured. That takes one part and serves 16 heads, 32 heads, and each 32 heads more from entries it has
-# decoded; that takes four parts and serves 16 heads.
-_COSTS = {16: 18, 32: 25, "more": 20, "four parts": 45}
+# decoded; that takes four parts and serves 16 heads; that takes one part or two and serves 64 heads.
+_COSTS = {16: 18, 32: 25, "more": 20, "four parts": 45, 64: 25, "two parts": 33}
+_WIDE = 205120  # bytes of shared memory that sm90a/attention_64.cu divides itself
 
 
 def decode_attention(
@@ -103,17 +104,21 @@ class Mapping(NamedTuple):
 
     heads: int  # that it serves at a time
     passes: int  # how often, with the entries that it has decoded
-    parts: int  # 1, or 4: two teams of its warps take two each
+    parts: int  # 1; with 16 heads also 4, of which two teams of its warps take two each; with 64 also 2
 
 
-def mapping_of(rows: int, heads: int, channels: int, parts: int, fits: bool) -> Mapping:
+def mapping_of(rows: int, heads: int, channels: int, parts: int, fits: bool, wide: bool) -> Mapping:
     """What needs the least time in waves of clusters.
 
-    fits: all entries of a part fit into shared memory at once, where they can wait for more heads.
+    fits: all entries of a part fit into shared memory at once, where they can wait for more heads. wide: 64 heads at a time are possible.
     """
     groups, options = -(-heads // 32), {Mapping(16, 1, 1): _COSTS[16]}
     if heads > 16:
         options[Mapping(32, 1, 1)] = _COSTS[32]
+    if wide and heads > 32:
+        options[Mapping(64, 1, 1)] = _COSTS[64]
+        if fits and parts > 1:
+            options[Mapping(64, 1, 2)] = _COSTS["two parts"]
     if fits and groups > 1:
         options[Mapping(32, groups, 1)] = _COSTS[32] + _COSTS["more"] * (groups - 1)
     if fits and parts >= 4 and channels >= _TEAM_CHANNELS:
@@ -151,14 +156,19 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
     parts = parts_of(size + visible)
     shares = -(-size // parts), -(-picks // parts)
     fits = shares[0] + -(-visible // parts) <= _TILE
-    group, passes, parts_of_cta = mapping_of(batch * tokens, heads, channels, parts, fits)
-    cluster, stages, teams = parts // parts_of_cta, 1 if fits else 2, 2 if parts_of_cta > 1 else 1
+    wide = fp8 and current() != "sm_100a" and (channels, rope) == (_MAX_CHANNELS, _SLICE)
+    group, passes, parts_of_cta = mapping_of(batch * tokens, heads, channels, parts, fits, wide)
+    cluster, stages, teams = parts // parts_of_cta, 1 if fits else 2, 2 if parts_of_cta == 4 else 1
     stage_bytes = channels // _SLICE * _TILE * 2 * _SLICE
     sizes = {
         "entries": stages * stage_bytes, "output": group * channels * 4 if passes > 1 else 0, "rows": 2 * _TILE * 16,
         "scores": channels // 128 * group * _PITCH * 4, "weights": group * _PITCH * 2,
         "factor": group * 4, "largest": teams * group * 4, "total": teams * group * 4,  # a team takes two parts
     }  # fmt: skip
+    module, kernel, threads = "attention", "teams" if teams > 1 else group, channels
+    if group == 64:
+        sizes |= {"entries": _WIDE, "rows": 0, "scores": 0, "factor": 0}
+        module, kernel, threads = "attention_64", f"64_{parts_of_cta}", 256
     *offsets, used = itertools.accumulate(sizes.values())
     if passes == 1:
         offsets[0] = 0  # the output takes the place of the entries
@@ -166,8 +176,8 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
     angles = teams * team_bytes
     sinks = angles + rope * 4
     results = launch(
-        "decode_attention", "attention", f"decode_attention_{'fp8' if fp8 else 'bf16'}_{'teams' if teams > 1 else group}",
-        grid=(cluster * tokens, -(-heads // (group * passes)), batch), block=channels, cluster=(cluster, 1, 1),
+        "decode_attention", module, f"decode_attention_{'fp8' if fp8 else 'bf16'}_{kernel}",
+        grid=(cluster * tokens, -(-heads // (group * passes)), batch), block=threads, cluster=(cluster, 1, 1),
         shared_bytes=sinks + group * passes * 4,
         inputs=[q, *arrays(window), *arrays(fresh), *arrays(compressed), picked, sink, start, length, cos, sin],
         outputs=[

@@ -16,6 +16,7 @@ SMALL = (8, 128, 64, 16, 40, 24)
 MODELS = {
     "small": SMALL,
     "odd": (19, 256, 128, 21, 37, 50),  # heads that fill no tile, shares of keys that are not equal
+    "wide": (70, 512, 64, 12, 30, 24),  # CTAs of 64 heads, one of them nearly without any
     "tiny": (8, 128, 64, 128, 2048, 64),
     "flash": (64, 512, 64, 128, 4096, 512),
     "pro": (128, 512, 64, 128, 2048, 1024),
@@ -200,15 +201,17 @@ def test_refusals(backend, change, sentence):
 
 @pytest.mark.parametrize("parts", [4, 8])
 @pytest.mark.parametrize("kind, form", [("window", "fp8"), ("csa", "fp8"), ("csa", "bf16"), ("hca", "fp8")])
-@pytest.mark.parametrize("model", ["odd", "flash"], indirect=True)
+@pytest.mark.parametrize("model", ["odd", "wide", "flash"], indirect=True)
 def test_bits_do_not_depend_on_the_mapping(model, kind, form, parts, monkeypatch):
-    """CTAs of 16 heads, of 32, and of 32 after 32; with four parts."""
+    """CTAs of 16 heads, of 32, and of 32 after 32; with four parts; of 64 heads, with two parts."""
     arguments = inputs(model, kind, form, [5, 1000, 40], [1, 2, 2], 2)
     module, results = sys.modules["ffi_kernels.decode_attention"], []
     monkeypatch.setattr(module, "parts_of", lambda keys: parts)
-    for shape in ((16, 1, 1), (32, 1, 1), (32, 2, 1), (16, 1, 4)):
+    for shape in ((16, 1, 1), (32, 1, 1), (32, 2, 1), (16, 1, 4), (64, 1, 1), (64, 1, 2)):
 
-        def mapping_of(rows, heads, channels, parts, fits, shape=shape):
+        def mapping_of(rows, heads, channels, parts, fits, wide, shape=shape):
+            if shape[0] == 64 and not wide:
+                shape = (32, 1, 1)
             return module.Mapping(*(shape if fits else (shape[0], 1, 1)))
 
         monkeypatch.setattr(module, "mapping_of", mapping_of)

@@ -1,10 +1,12 @@
-"""Decode attention: tiles of entries, the softmax, teams, the merge over a cluster (cuda/attention.cu, include/attention*.cuh)."""
+"""Decode attention: tiles of entries, the softmax, teams, the merge over a cluster (cuda/attention.cu, sm90a/attention_64.cu, include/attention*.cuh)."""
 
 from mutants import of
 
 ATTENTION = "ffi_kernels/native/cuda/attention.cu"
 ENTRIES, TILE, MERGE = (f"ffi_kernels/native/include/{name}.cuh" for name in ("attention", "attention_tile", "attention_merge"))
-TILES, TEAMS = "attention fp8 tiles", "attention fp8 teams"
+ATTENTION_64 = "ffi_kernels/native/sm90a/attention_64.cu"
+MERGE_64, WGMMA = (f"ffi_kernels/native/include/{name}.cuh" for name in ("attention_64_merge", "wgmma"))
+TILES, TEAMS, WIDE, PAIRS = "attention fp8 tiles", "attention fp8 teams", "attention_64 tiles", "attention_64 pairs"
 
 MUTANTS = [
     *of(
@@ -27,6 +29,45 @@ MUTANTS = [
         ("the first parts for the teams of all CTAs", "first = 2 * (2 * rank + role.team);", "first = 2 * role.team;", TEAMS),
         ("the totals of a team's parts are not joined", "one = both.largest, sum = both.total", "one = both.largest, both.total", TEAMS),
         ("no barrier of the cluster behind the merge of teams", "  cluster_wait();  // nobody ends", "  // nobody ends", TEAMS),
+    ),
+    *of(
+        ATTENTION_64,
+        ("64 heads: no barrier before the entries are decoded", "    __syncthreads();  // the scales are there", "    // the scales are there", WIDE),
+        ("64 heads: no proxy fence before the products", "    fence_async();  // queries", "    // queries", WIDE),
+        ("64 heads: no barrier between decoding and the products", "have been read\n    __syncthreads();\n    float x", "have been read\n    float x", WIDE),
+        ("64 heads: no barrier between weights and the product with V", "    __syncthreads();  // the weights are there", "    // the weights are there", WIDE),
+        ("64 heads: no barrier between the halves' largest scores", "= most[i];\n    }\n    __syncthreads();", "= most[i];\n    }", WIDE),
+        ("64 heads: no barrier before the output takes the place of the entries", "  __syncthreads();  // the entries have been read: the", "  // the entries have been read: the", WIDE),
+        ("64 heads: no barrier of the cluster before the merge", "  cluster_sync();\n  merge", "  __syncthreads();\n  merge", WIDE),
+        ("64 heads: no barrier of the cluster behind the merge", "  cluster_wait();  // nobody ends", "  // nobody ends", WIDE),
+        ("64 heads: nobody waits for the copies of the entries", "    mbarrier_wait(address_in_shared(kBarrier), tile & 1);\n", "", WIDE),
+        ("64 heads: the second tile waits for the copies of the first", "mbarrier_wait(address_in_shared(kBarrier), tile & 1);", "mbarrier_wait(address_in_shared(kBarrier), 0);", WIDE),
+        ("64 heads: the next entries over those that are being decoded", "    float x[kKeys / 2];\n    multiply_keys", "    if (mine && more) scales = copy_entry(entry, key);\n    float x[kKeys / 2];\n    multiply_keys", WIDE),
+        ("64 heads: absent entries keep what was there", "in_shared<uint4>(to + i) = {};", "", f"{WIDE}, {PAIRS}"),
+        ("64 heads: rows of entries that are odd begin with the first half", "decode_e4m3(role.g & 1 ? uint4{raw.z, raw.w, raw.x, raw.y} : raw, scale", "decode_e4m3(raw, scale", WIDE),
+        ("64 heads: the second half of the keys for both warpgroups", "kEntries + role.half * kKeys * kRowBytes", "kEntries + kKeys * kRowBytes", WIDE),
+        ("64 heads: partial scores start from those of the slice before", "k % 4 * 32),\n                      k > 0);", "k % 4 * 32),\n                      k > 0 || pair > 1);", WIDE),
+        ("64 heads: the second tile does not rescale the output", "kParts == 1 && tile ? out[h][n] * softmax.factor[n / 2 % 2] : out[h][n]", "out[h][n]", WIDE),
+        ("64 heads: the total forgets what came before", "total[i] = total[i] * factor[i] + (sums", "total[i] = total[i] + (sums", WIDE),
+        ("64 heads: weights are added in the order of the keys", "(x[8 + at] + y[4 + at])) + (x[4 + at] + y[at] + y[16 + at]", "(x[4 + at] + y[at] + y[16 + at])) + (x[8 + at] + y[4 + at]", WIDE),
+        ("64 heads, pairs: the second part begins with the softmax of the first", "one = softmax, softmax.begin();", "one = softmax;", PAIRS),
+        ("64 heads, pairs: the second part has the entries of the first", "locate(p, part_anew(p, first + 1), sequence, key, pick)", "locate(p, part_anew(p, first), sequence, key, pick)", PAIRS),
+        ("64 heads, pairs: the totals are not joined", "softmax.total[i] = both[i].total(one.total[i], softmax.total[i]);", "softmax.total[i] = one.total[i] + softmax.total[i];", PAIRS),
+    ),
+    *of(
+        MERGE_64,
+        ("64 heads: all parts are read from the first CTA", "peer_address(from, first + i)", "peer_address(from, 0)", WIDE),
+        ("64 heads: the totals of one CTA for all", "p.total + counted), lane % kSlots)", "p.total + counted), 0)", WIDE),
+        ("64 heads: statistics of the first head for all", "min(head + lane / kSlots * kAtOnce, end - 1)", "head", WIDE),
+        ("64 heads: the second head has the factors of the first", "from += kSlots)", "from += 0)", WIDE),
+        ("64 heads: the next head before the last one is added up", "    float4 sum = {};\n", "    float4 sum = {};\n    if (head + kAtOnce < end) load(head + kAtOnce, 0, outs);\n", WIDE),
+        ("64 heads: two CTAs store the same heads", "(rank + 1) * kHeads / kSlots", "(rank + 2) * kHeads / kSlots", WIDE),
+        ("64 heads: channels stay in the order of their places", "channel = (place & ~63) + place % 16 * 4 + place % 64 / 16 * 4;", "channel = place;", WIDE),
+    ),
+    *of(
+        WGMMA,
+        ("64 heads: the rank of the CTA in the descriptor of a matrix", "(address & 0x3FFFF) >> 4", "address >> 4", WIDE),
+        ("64 heads: sums are used before the products are done", 'asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");', 'asm volatile("" ::"n"(pending) : "memory");', WIDE),
     ),
     *of(
         TILE,
@@ -60,7 +101,7 @@ MUTANTS = [
         ("no arrival at the barrier of the cluster behind the merge", "if (local + 4 >= end) cluster_arrive();", "", TILES),
         ("the first pair of a CTA is read for both", "(first + i) % kTeams * p.team_bytes", "0", TEAMS),
         ("factors of a pair change places", "join(x.x, a, y.x, b)", "join(x.x, b, y.x, a)", TILES),
-        ("sinks of the first heads for all passes", "(pass * kHeads + local)", "local", "attention fp8 hca 32"),
+        ("sinks of the first heads for all passes", "most, total, pass * kHeads + local", "most, total, local", "attention fp8 hca 32"),
         ("the rotation turns the wrong channels", "const int turned = channel + i - (p.channels - p.rope);", "const int turned = channel + i - (p.channels - p.rope) + 2;", "attention bf16 window"),
     ),
 ]  # fmt: skip

@@ -90,6 +90,25 @@ DSV4_D float4 sum_slots(const AttentionParams& p, uint32_t from, uint32_t larges
   return sum;
 }
 
+// Four channels of a head from the sum over all parts: divides, rotates back, stores. `sink` counts the CTA's heads.
+DSV4_D void finish(const AttentionParams& p, int row, int head, int channel, const float4& sum, float most, float& total, int sink) {
+  const size_t to = size_t(row) * p.heads + head;
+  if (p.lse != nullptr && channel == 0) p.lse[to] = base_of(most) * kLn2 + logf(total);
+  total += exp2(in_shared<float>(p.sinks + 4 * sink) * kLog2e - base_of(most));
+  const float inverse = 1.0f / (total == 0.0f ? 1.0f : total);
+  float x[4] = {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse};
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const int turned = channel + i - (p.channels - p.rope);
+    if (turned < 0) continue;
+    const float a = round_bf16(x[i]), b = round_bf16(x[i + 1]);
+    const float cos = in_shared<float>(p.angles + 2 * turned), sin = in_shared<float>(p.angles + 2 * (p.rope + turned));
+    x[i] = a * cos + b * sin;
+    x[i + 1] = b * cos - a * sin;
+  }
+  *reinterpret_cast<uint2*>(p.out + to * p.channels + channel) = {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3])};
+}
+
 // For this CTA's share of the heads: sums the parts, divides, rotates back, stores. A thread takes 4 channels of every
 // fourth head. Arrives at the barrier of the cluster once it has read all parts, before it stores: the arrival would wait for that.
 template <int kHeads, int kSplit>
@@ -116,21 +135,7 @@ DSV4_D void merge(const AttentionParams& p, int row, int first_head, int pass, i
       default: sum = sum_slots<teams, 16 * teams>(p, from, largest_at, total_at, most, total);
     }
     if (local + 4 >= end) cluster_arrive();
-    const size_t to = size_t(row) * p.heads + head;
-    if (p.lse != nullptr && channel == 0) p.lse[to] = base_of(most) * kLn2 + logf(total);
-    total += exp2(in_shared<float>(p.sinks + 4 * (pass * kHeads + local)) * kLog2e - base_of(most));
-    const float inverse = 1.0f / (total == 0.0f ? 1.0f : total);
-    float x[4] = {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse};
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const int turned = channel + i - (p.channels - p.rope);
-      if (turned < 0) continue;
-      const float a = round_bf16(x[i]), b = round_bf16(x[i + 1]);
-      const float cos = in_shared<float>(p.angles + 2 * turned), sin = in_shared<float>(p.angles + 2 * (p.rope + turned));
-      x[i] = a * cos + b * sin;
-      x[i + 1] = b * cos - a * sin;
-    }
-    *reinterpret_cast<uint2*>(p.out + to * p.channels + channel) = {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3])};
+    finish(p, row, head, channel, sum, most, total, pass * kHeads + local);
   }
 }
 

@@ -6,6 +6,36 @@
 
 namespace dsv4 {
 
+// A load that the compiler does not move behind a branch.
+DSV4_D int load_now(const int32_t* from) {
+  int value;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(from));
+  return value;
+}
+
+DSV4_D void copy_async_4(uint32_t shared_address, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address), "l"(from) : "memory");
+}
+
+// The part, computed where it is needed: kept in registers it would make the products spill.
+DSV4_D Part part_anew(const AttentionParams& p, int number) {
+  int token = blockIdx.x >> p.cluster_log2;
+  asm volatile("" : "+r"(token), "+r"(number));
+  Part part(p, token, number);
+  part.set_position(p, load_now(p.start + blockIdx.z), number);
+  return part;
+}
+
+// What the merge will need: the angles, and the sinks of the CTA's heads.
+DSV4_D void load_constants(const AttentionParams& p, int row, int heads) {
+  for (int i = threadIdx.x; i < p.rope / 2; i += blockDim.x) {
+    copy_async_4(address_in_shared(p.angles + 4 * i), p.cos + size_t(row) * (p.rope / 2) + i);
+    copy_async_4(address_in_shared(p.angles + 2 * p.rope + 4 * i), p.sin + size_t(row) * (p.rope / 2) + i);
+  }
+  for (int i = threadIdx.x; i < heads * p.passes; i += blockDim.x)
+    copy_async_4(address_in_shared(p.sinks + 4 * i), p.sink + min(int(blockIdx.y) * heads * p.passes + i, p.heads - 1));
+}
+
 // Whether registers are short: 32 heads, or the wide parts of a team of which there are two.
 template <int kHeadTiles, int kSplit>
 constexpr bool kLean = kHeadTiles > 1 || kSplit < 4;
