@@ -1,7 +1,9 @@
-"""The indexer's scores and selection: contracts, checks, native launches. Formulas: `reference.py`. Kernels: `indexer.cu`
-(FP4 keys), `indexer_bf16.cu`, `topk.cu`."""
+"""The indexer's scores and selection: contracts, checks, native launches. Formulas: `reference.py`. Kernels: `indexer.cu` and
+`indexer_wgmma.cu` (FP4 keys), `indexer_bf16.cu`, `topk.cu`."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,9 @@ from ffi_kernels.tensor import MXFP4Tensor, require_layout
 CHANNELS = 128  # K of every published indexer, and of the native kernels
 MAX_HEADS, MAX_TOKENS = 64, 16
 MAX_ENTRIES = 16 * 16384  # of one row: a cluster of 16 CTAs with 16 scores per thread; the longest context / 4
-_WARPS, _TILE = 8, 32  # of a CTA of indexer.cu, and the entries of a warp's step
 _MULTIPROCESSORS = {"sm_100a": 148}
 _MULTIPROCESSORS_OTHERS = 132
-_RESIDENT = 2  # CTAs of indexer.cu that share a multiprocessor
+WGMMA = ("sm_90a", "sim")  # where more than 16 heads and FP4 keys take indexer_wgmma.cu
 _SPAN = 8192  # scores per CTA of topk.cu, which could hold 16384, until there are 16 of them
 
 
@@ -46,6 +47,27 @@ def top_entries(scores: jax.Array, visible: jax.Array, count: int) -> jax.Array:
     return implementation("top_entries")(scores, visible, count)
 
 
+class ScoresKernel(NamedTuple):
+    module: str
+    name: str
+    threads: int
+    tile: int  # entries that a warp or warpgroup takes at a time
+    resident: int  # CTAs that share a multiprocessor
+    token_bytes: int  # of shared memory: a token's queries
+    bytes: int  # and what there is besides
+
+
+def scores_kernel(quantized: bool, tokens: int, heads: int) -> ScoresKernel:
+    """The kernel of index_scores on the current backend."""
+    rows = 1 if heads <= 16 else 4  # tiles of 16 heads
+    if not quantized:
+        return ScoresKernel("indexer_bf16", f"index_scores_bf16_{16 * rows}", 256, 32, 2, rows * (8 * 512 + 8 * 8), 0)
+    if heads > 16 and current() in WGMMA:
+        name = "index_scores_fp4_one" if tokens == 1 else "index_scores_fp4_many"
+        return ScoresKernel("indexer_wgmma", name, 512, 64, 1, 64 * 128 + 4 * 4 * 20, 4)
+    return ScoresKernel("indexer", f"index_scores_fp4_{16 * rows}", 256, 32, 2, rows * (4 * 512 + 8 * 8), 0)
+
+
 @native("index_scores")
 def _index_scores(q, keys, head_weights, visible, weight_scale):
     (batch, tokens, heads, channels), entries = q.shape, keys.shape[1]
@@ -63,14 +85,13 @@ def _index_scores(q, keys, head_weights, visible, weight_scale):
         )
     if not entries:
         return jnp.zeros((batch, tokens, 0), jnp.float32)
-    rows = 1 if heads <= 16 else 4  # tiles of 16 heads
-    form = "fp4" if quantized else "bf16"
-    tiles, resident = -(-entries // _TILE), _RESIDENT * _MULTIPROCESSORS.get(current(), _MULTIPROCESSORS_OTHERS)
-    per_token = rows * (4 * 512 + 8 * 16) if quantized else rows * (8 * 512 + 8 * 8)
+    kernel = scores_kernel(quantized, tokens, heads)
     data, scale = (keys.data, keys.scale) if quantized else (keys, None)
+    resident = kernel.resident * _MULTIPROCESSORS.get(current(), _MULTIPROCESSORS_OTHERS)
     return launch(
-        "index_scores", "indexer" if quantized else "indexer_bf16", f"index_scores_{form}_{16 * rows}",
-        grid=(min(tiles, max(1, resident // batch)), batch), block=32 * _WARPS, shared_bytes=tokens * per_token,
+        "index_scores", kernel.module, kernel.name,
+        grid=(min(-(-entries // kernel.tile), max(1, resident // batch)), batch), block=kernel.threads,
+        shared_bytes=tokens * kernel.token_bytes + kernel.bytes,
         inputs=[q, data, scale, head_weights, None if visible is None else visible.astype(jnp.int32)],
         outputs=[jax.ShapeDtypeStruct((batch, tokens, entries), jnp.float32)],
         scalars=[tokens, heads, entries, head_weights.dtype == jnp.bfloat16, float(weight_scale)],

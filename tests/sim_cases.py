@@ -316,22 +316,31 @@ def _():
 
 
 def index_scores(form, batch, tokens, heads, entries, wide=False):
-    spread = 2 if form == "bf16" or wide else 0  # alike: integers times powers of two, as the kernel wants them
+    spread = 2 if form == "bf16" else 0  # alike: integers times powers of two, as the kernel wants them
     q, keys, weights = normal(batch, tokens, heads, 128, spread=spread), normal(batch, entries, 128, spread=spread), RNG.standard_normal((batch, tokens, heads)).astype(F32)
     if form == "fp4":
         q = jnp.asarray(on_xla(lambda x: ops.dequantize(ops.quantize_mxfp4(x)), q), jnp.bfloat16)
         keys = on_xla(ops.quantize_mxfp4, keys)
         if wide:
-            keys = ops.MXFP4Tensor(keys.data, jnp.asarray(RNG.integers(90, 160, keys.scale.shape), jnp.uint8))
+            scale = np.where(np.arange(entries)[:, None] % 2, RNG.integers(90, 160, keys.scale.shape), RNG.integers(125, 129, keys.scale.shape))
+            keys = ops.MXFP4Tensor(keys.data, jnp.asarray(scale, jnp.uint8))  # entries that are integers between those that are not
         q = q.at[0, 0, -1, 64:].multiply(2.0**-9) if wide else q  # a head that is no integers
     visible = RNG.integers(0, entries // 2, (batch, tokens)).astype(np.int32)
     visible[-1, -1] = entries + 5
     return record(ops.index_scores, q, keys, weights, visible)
 
 
+def index_scores_of(backends, multiprocessors, *arguments):
+    with changed("indexer", WGMMA=backends, _MULTIPROCESSORS_OTHERS=multiprocessors):
+        return index_scores("fp4", *arguments)
+
+
 case("indexer 16")(lambda: index_scores("fp4", 2, 2, 16, 70))
-case("indexer 64")(lambda: index_scores("fp4", 1, 3, 64, 64))
+case("indexer 64")(lambda: index_scores_of((), 132, 1, 3, 64, 64))
 case("indexer wide")(lambda: index_scores("fp4", 1, 2, 16, 40, True))
+case("indexer_wgmma one")(lambda: index_scores_of(["sim"], 2, 2, 1, 20, 331))  # a CTA takes several tiles
+case("indexer_wgmma many")(lambda: index_scores("fp4", 1, 3, 64, 70))
+case("indexer_wgmma wide")(lambda: index_scores("fp4", 1, 2, 20, 40, True))
 case("indexer_bf16 16")(lambda: index_scores("bf16", 2, 2, 16, 70))
 case("indexer_bf16 64")(lambda: index_scores("bf16", 1, 2, 64, 40))
 
@@ -356,8 +365,7 @@ def attention(kind, form, heads, channels, shape, tokens=2, window=21, entries=3
         normal(batch, tokens, heads, channels), cache(window), cache(tokens), None if kind == "window" else cache(entries), picked,
         RNG.standard_normal(heads).astype(F32), starts, lengths, *angles(batch, tokens, rope=rope),
     )  # fmt: skip
-    mapping = Mapping(*shape)
-    with changed("decode_attention", mapping_of=lambda *of: mapping, parts_of=lambda keys: parts):
+    with changed("decode_attention", mapping_of=lambda *of: Mapping(*shape), parts_of=lambda keys: parts):
         return record(lambda *x: ops.decode_attention(*x, ratio={"window": 0, "csa": 4, "hca": 128}[kind], return_lse=True), *args)
 
 
@@ -378,8 +386,7 @@ MATMUL = {"one": (300, 648, 800, F32), "one bf16": (100, 72, 96, BF16), "pair": 
 
 
 def matmul(rows, columns, k, dtype):
-    x, w = matmul_operands.operands(rows, columns, k, exact=True)
-    return record(lambda x, w: ops.nvfp4_matmul(x, w, dtype), x, w)
+    return record(lambda x, w: ops.nvfp4_matmul(x, w, dtype), *matmul_operands.operands(rows, columns, k, exact=True))
 
 
 for _name, _how in MATMUL.items():

@@ -24,7 +24,7 @@ def ptx_of(module: str):
 
 
 def kernels() -> set[tuple[str, str]]:
-    """(module, kernel) of everything that was built of native/cuda and native/sm100a."""
+    """(module, kernel) of everything that was built of the kernels."""
     return {(path.name.split(".")[0], k) for path in library.directory().glob("*.sm_*.ptx") for k in re.findall(r"\.entry (\w+)\(", path.read_text())}
 
 

@@ -1,4 +1,4 @@
-"""Cases of the indexer: scores of 32K, 128K and 1M tokens of context, and the selection from them."""
+"""Cases of the indexer: scores of 8K, 32K, 128K and 1M tokens of context, and the selection from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ffi_kernels as ops
 from ffi_kernels.cases import Case, Shapes
 
-ENTRIES = {"32k": 8192, "128k": 32768, "1m": 262144}  # of one sequence: a quarter of its tokens
+ENTRIES = {"8k": 2048, "32k": 8192, "128k": 32768, "1m": 262144}  # of one sequence: a quarter of its tokens
 
 
 def cases(shapes: Shapes) -> list[Case]:
@@ -16,8 +16,8 @@ def cases(shapes: Shapes) -> list[Case]:
     heads, channels, count = shapes.index_heads, shapes.index_dim, shapes.index_topk
     found = []
     for form, context, batch, tokens in [
-        ("fp4", "32k", 1, 1), ("fp4", "128k", 1, 1), ("fp4", "1m", 1, 1), ("fp4", "1m", 1, 4), ("fp4", "32k", 16, 1),
-        ("fp4", "128k", 16, 1), ("bf16", "128k", 1, 1), ("bf16", "1m", 1, 1),
+        ("fp4", "8k", 1, 1), ("fp4", "32k", 1, 1), ("fp4", "128k", 1, 1), ("fp4", "1m", 1, 1), ("fp4", "8k", 1, 4), ("fp4", "1m", 1, 4),
+        ("fp4", "32k", 16, 1), ("fp4", "128k", 16, 1), ("bf16", "128k", 1, 1), ("bf16", "1m", 1, 1),
     ]:  # fmt: skip
         found.append(_scores(form, context, batch, tokens, heads, channels))
     for form, context, batch in [("fp32", "32k", 1), ("fp32", "128k", 1), ("fp32", "1m", 1), ("bf16", "1m", 1), ("fp32", "128k", 16)]:

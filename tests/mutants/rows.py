@@ -3,7 +3,8 @@
 from mutants import of
 
 NORM, QUANTIZE, ROUTER, INDEXER, ENTRIES = (f"ffi_kernels/native/cuda/{name}.cu" for name in ("norm", "quantize", "router", "indexer", "entries"))
-CODES, WARP_ROW, SCORES = (f"ffi_kernels/native/include/{name}.cuh" for name in ("row_codes", "warp_row", "index_scores"))
+CODES, WARP_ROW, SCORES, INTEGERS = (f"ffi_kernels/native/include/{name}.cuh" for name in ("row_codes", "warp_row", "index_scores", "index_integers"))
+WGMMA = "ffi_kernels/native/sm90a/indexer_wgmma.cu"
 
 MUTANTS = [
     *of(
@@ -49,6 +50,26 @@ MUTANTS = [
         ("a score behind the last entry", "if (entry < p.entries) p.scores", "if (entry <= p.entries) p.scores", "indexer 16"),
         ("the exponent of another entry", "tile.exponents, 4 * (2 * j + g / 4))", "tile.exponents, 4 * j)", "indexer 16"),
         ("entries behind the end of the cache", "const bool real = base + 4 * g + i < p.entries;", "const bool real = true;", "indexer 16"),
+    ),
+    *of(
+        WGMMA,
+        ("no barrier between the queries and their use", "  fence_async();\n  __syncthreads();", "  fence_async();", "indexer_wgmma one"),
+        ("no fence between the queries and wgmma", "  fence_async();\n", "", "indexer_wgmma one"),
+        ("no barrier behind the mask of wide tokens", "raw);\n  __syncthreads();", "raw);", "indexer_wgmma wide"),
+        ("heads swizzled like others", "16 * (w ^ (head & 7))", "16 * (w ^ (head & 3))", "indexer_wgmma one"),
+        ("a score behind the last entry", "p.entries - own - 8 * j : 0", "p.entries - own - 8 * j + 1 : 0", "indexer_wgmma one"),
+        ("entries behind the end of the cache", "uint32_t(min(entry + 8 * r, last))", "uint32_t(entry + 8 * r)", "indexer_wgmma one"),
+        ("the exponent of the other entry", "second ? 0x4442u : 0x4440u", "second ? 0x4440u : 0x4442u", "indexer_wgmma one"),
+        ("blocks too far below the largest as integers", "shift & from_low & ~from_high", "from_low & ~from_high", "indexer_wgmma wide"),
+        ("the weights of the first token", "weights + (t * 4 + j) * kWeightStride", "weights + j * kWeightStride", "indexer_wgmma many"),
+        ("a tile twice", "of.load(base + step + own, raw)", "of.load(base + own, raw)", "indexer_wgmma one"),
+        ("sums that have not come", "wgmma.wait_group.sync.aligned 0;", "", "indexer_wgmma one"),
+    ),
+    *of(
+        INTEGERS,
+        ("a negative zero is -1", "of.negative_low, of.high, negated)", "of.low, of.high, negated)", "indexer 16"),
+        ("heads of twice their size", "near ? 6 - exponent : 0", "near ? 7 - exponent : 0", "indexer_wgmma one"),
+        ("bf16 products of heads behind the last", "second = h + 8 < p.heads", "second = h < p.heads", "indexer_wgmma wide"),
     ),
     *of(SCORES, ("what another sequence sees", "p.visible[b * p.tokens + t]", "p.visible[t]", "indexer_bf16 16")),
     *of(ENTRIES, ("a token that does not count is committed", "if (token < length && position >= 0)", "if (token <= length && position >= 0)", "entries commit")),
