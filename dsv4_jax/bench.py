@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub = what.add_parser(
         "kernels", help="time the native ops one by one",
         description="Time the native ops of this device at the shapes of real models, beside the roofline and XLA.",
+        epilog="time_us: from one call to the next in a chain, where a kernel starts while the one before it ends, as in a decode step; "
+        "bandwidth, tflops and percent of the roofline are made of it. alone_us: from one call to the next where no kernel starts early, as "
+        "are xla_us and peer_us. All launched as graphs, on copies of the inputs that are more than the caches hold.",
     )  # fmt: skip
     add_case_arguments(sub)
     sub.add_argument("--no-peers", action="store_true", help="leave out the times of XLA's own kernels")
@@ -112,7 +115,7 @@ def _kernels(args) -> dict:
     backend = native_backend(args.backend)
     read, flops = kernels.roofline()
     print(f"roofline measured now: read {read / 1e9:.0f} GB/s, bf16 {flops / 1e12:.0f} TFLOP/s", flush=True)
-    columns = ("time_us", "bandwidth_gbs", "tflops", "roofline_percent", "xla_us", "peer_us")
+    columns = ("time_us", "alone_us", "bandwidth_gbs", "tflops", "roofline_percent", "xla_us", "peer_us")
     print(f"{'case':<56}" + "".join(f"{c:>17}" for c in columns))
     rows = []
     for row in kernels.kept(kernels.time_cases(args.model, args.only, backend, not args.no_peers), args.out, args.seconds):

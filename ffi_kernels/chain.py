@@ -39,7 +39,8 @@ def chained(function: Callable) -> Callable:
     return joined
 
 
-def _is_launch(eqn) -> bool:
+def is_launch(eqn) -> bool:
+    """Whether an equation of a jaxpr is a launch of one of our kernels."""
     return eqn.primitive.name == "ffi_call" and eqn.params["target_name"].startswith("dsv4.")
 
 
@@ -82,7 +83,7 @@ class _Evaluation:
     def evaluate(self, eqn) -> None:
         operands = [self.of(v) for v in eqn.invars]
         waits = any(v in self.written for v in operands)
-        if _is_launch(eqn):
+        if is_launch(eqn):
             updates = [i for i, _ in eqn.params["input_output_aliases"]]
             donated = {operands[i] for i in updates}
             if any(operands[i].aval.shape != eqn.invars[i].aval.shape for i in updates):  # XLA updates nothing of another shape
