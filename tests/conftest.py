@@ -13,10 +13,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch, whose threads otherwise 
 def pytest_addoption(parser):
     parser.addoption("--require-gpu", action="store_true", help="fail, rather than skip, what needs a GPU that is missing")
     parser.addoption("--part", metavar="K/N", help="only every N-th test, from the K-th (1 to N) on: parts for several processes, or a sample")
+    parser.addoption("--by-driver", choices=("device", "interpreter"), help="native kernels of a GPU without XLA, on it or interpreted: driver_launches.py")
     parser.addoption("--results", metavar="FILE", help="append a line of JSON for each test as it ends: a run that is killed leaves what it had")
 
 
 def pytest_configure(config):
+    if (how := config.getoption("--by-driver")) is not None:
+        os.environ.update(JAX_PLATFORMS="cpu", **({"DSV4_SIM_TESTS": "device"} if how == "device" else {}))
+        import driver_launches  # not at the top: it reads what was just set
+
+        driver_launches.install()
     if config.getoption("--results") and not hasattr(config, "workerinput"):  # xdist reports to its main process
         config.pluginmanager.register(Results(config.getoption("--results")))
 
@@ -50,7 +56,7 @@ class Results:
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") is None:
+    if item.get_closest_marker("gpu") is None or item.config.getoption("--by-driver") is not None:
         return
     import jax
 

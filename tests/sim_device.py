@@ -82,6 +82,14 @@ def device() -> _Device:
     return _OPEN[0]
 
 
+def arch() -> str:
+    """Of the device: 'sm_90a', 'sm_100a'."""
+    here, numbers = device(), [ctypes.c_int(), ctypes.c_int()]
+    for number, attribute in zip(numbers, (75, 76), strict=True):  # major and minor of the compute capability
+        check(_Device.driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, here.device), "cuDeviceGetAttribute")
+    return f"sm_{numbers[0].value}{numbers[1].value}a"
+
+
 def end_process(why: str) -> None:
     print(f"{why}: this process ends", file=sys.stderr, flush=True)
     os._exit(70)
@@ -133,7 +141,7 @@ def _run(here, cubin, kernel, pack, arrays, grid, block, cluster, shared_bytes, 
         if array.ctypes.data in places:
             continue
         pointer = ctypes.c_uint64()
-        check(lib.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(max(16, array.nbytes))), "cuMemAlloc")
+        check(lib.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(max(1, array.nbytes))), "cuMemAlloc")
         places[array.ctypes.data] = pointer
         check(lib.cuMemcpyHtoD_v2(pointer, ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)), "copy to the device")
     function = here.function(cubin, kernel)
