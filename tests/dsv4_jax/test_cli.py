@@ -223,6 +223,29 @@ def test_selftest_and_kernel_benchmarks_need_native_kernels(capsys, monkeypatch)
         capsys.readouterr()
 
 
+def test_bench_kernels_shows_both_times(capsys, monkeypatch):
+    """In the table, under their names, and in the JSON line; --help says what they mean."""
+    from ffi_kernels import bench as kernels
+    from ffi_kernels import library
+
+    if (missing := library.why_not("sim")) is not None:
+        pytest.skip(missing)
+    row = {"model": "flash", "case": "one", "rows": 1, "time_us": 9.25, "alone_us": 12.5, "launches": 1, "bandwidth_gbs": 3.0, "tflops": 2.0,
+           "roofline_percent": 78.0, "bytes": 5}  # fmt: skip
+    monkeypatch.setattr(kernels, "roofline", lambda: (1e9, 1e12))
+    monkeypatch.setattr(kernels, "time_cases", lambda *_: iter([row]))
+    code, out, _ = run(capsys, "bench", "kernels", "--backend", "sim", "--no-peers")
+    lines = out.splitlines()
+    header, figures = (next(line.split() for line in lines if line.startswith(start)) for start in ("case", "flash/one"))
+    shown = dict(zip(header[1:], figures[1:], strict=True))
+    assert code == 0 and (shown["time_us"], shown["alone_us"], shown["roofline_percent"], shown["xla_us"]) == ("9.2", "12.5", "78.0", "-")
+    assert json.loads(lines[-1])["cases"] == [row]
+    with pytest.raises(SystemExit):
+        main(["bench", "kernels", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "time_us: from one call to the next in a chain" in text and "alone_us: from one call to the next where no kernel starts early" in text
+
+
 def test_selftest_on_the_interpreter(capsys, tmp_path):
     """Small cases of the real shapes through the command; the last line is its JSON."""
     from ffi_kernels import library
