@@ -85,7 +85,9 @@ def test_whole_units(backend, form):
     check("linear", made(form, (2, 1536), (176, 1536)))
 
 
-@pytest.mark.parametrize("forms", [("raw fp8",) * 3, ("raw nvfp4",) * 2, ("raw mxfp4", "bf16", "raw nvfp4", "raw fp8")])
+@pytest.mark.parametrize(
+    "forms", [("raw fp8",) * 3, ("raw nvfp4",) * 2, ("raw fp8", "bf16", "raw fp8"), ("raw mxfp4", "bf16", "raw nvfp4", "raw fp8")]
+)
 def test_linears_of_whole_units(backend, forms):
     pairs = [made(f, (2, 512), (n, 512), seed=i) for i, (f, n) in enumerate(zip(forms, (96, 16, 48, 160), strict=False))]
     pairs = [(made("bf16", (2, 512), (16, 512), seed=9)[0], w) for _, w in pairs]
