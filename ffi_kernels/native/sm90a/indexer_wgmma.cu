@@ -6,9 +6,10 @@
 // word s of it is what step s multiplies. Which channels that are does not matter to a dot product: the queries are permuted alike.
 // Of the sums a lane has, for the same two entries, heads 8 i + 2 j and 8 i + 2 j + 1: relu, weights and the sum over heads stay in
 // registers but for two shuffles.
-#include "../include/dependent.cuh"
-#include "../include/index_integers.cuh"
-#include "../include/tma.cuh"
+#include "dependent.cuh"
+#include "index_integers.cuh"
+#include "tma.cuh"
+#include "wgmma.cuh"
 
 namespace dsv4 {
 namespace {
@@ -108,8 +109,6 @@ DSV4_D void prepare_head(const HeadBlock& block, int t, int head, int j, uint8_t
   if (j == 0) weights[(t * 4 + head % 8 / 2) * kWeightStride + head / 8 * 2 + head % 2] = weight;
 }
 
-DSV4_D uint64_t heads_descriptor(uint32_t start) { return start >> 4 | uint64_t(1 << 30 | 1024 >> 4) << 32; }
-
 // --- products ------------------------------------------------------------------------------------------------------
 
 #define EIGHT(x, i) x(i), x(i + 1), x(i + 2), x(i + 3), x(i + 4), x(i + 5), x(i + 6), x(i + 7)
@@ -120,7 +119,7 @@ DSV4_D uint64_t heads_descriptor(uint32_t start) { return start >> 4 | uint64_t(
   "}, " b ", " add ";\n"
 
 // sums = entries times heads.
-DSV4_D void multiply(int32_t (&sums)[32], const uint32_t (&a)[4][4], uint32_t heads) {
+DSV4_D void multiply(int32_t (&sums)[32], const uint32_t (&a)[4][4], uint64_t heads) {
 #define WRITTEN(i) "=&r"(sums[i])
 #define KEPT(i) "+r"(sums[i])
   asm volatile(
@@ -133,8 +132,7 @@ DSV4_D void multiply(int32_t (&sums)[32], const uint32_t (&a)[4][4], uint32_t he
       : ALL_SUMS(WRITTEN)
       : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(a[1][0]), "r"(a[1][1]), "r"(a[1][2]), "r"(a[1][3]),
         "r"(a[2][0]), "r"(a[2][1]), "r"(a[2][2]), "r"(a[2][3]), "r"(a[3][0]), "r"(a[3][1]), "r"(a[3][2]), "r"(a[3][3]),
-        "l"(heads_descriptor(heads)), "l"(heads_descriptor(heads + 32)), "l"(heads_descriptor(heads + 64)),
-        "l"(heads_descriptor(heads + 96))
+        "l"(heads), "l"(moved(heads, 32)), "l"(moved(heads, 64)), "l"(moved(heads, 96))
       : "memory");
   asm volatile("wgmma.wait_group.sync.aligned 0;" : ALL_SUMS(KEPT)::"memory");
 #undef WRITTEN
@@ -204,7 +202,8 @@ DSV4_D void index_scores(const IndexScoresParams& p) {
   fence_async();
   __syncthreads();
 
-  const uint32_t wide = *wide_tokens, heads_at = shared_address(heads);
+  const uint32_t wide = *wide_tokens;
+  const uint64_t matrix = swizzled_matrix(shared_address(heads), 8 * kChannels);
   const bool second = j & 1;  // entry: of the lane's two, what it ends with
   const uint32_t pick_own = settled(uint32_t(j | (4 + j) << 8)), pick_largest = settled(second ? 0x4442u : 0x4440u);
   const int room = settled(j < 2 ? p.entries - own - 8 * j : 0);  // tiles that start below it have an entry for this lane to store
@@ -218,7 +217,7 @@ DSV4_D void index_scores(const IndexScoresParams& p) {
 #pragma unroll 1
     for (int t = 0; t < tokens; ++t) {
       int32_t sums[32];
-      multiply(sums, rows.a, heads_at + t * kHeadBytes);
+      multiply(sums, rows.a, moved(matrix, t * kHeadBytes));
       float score = sum_over_heads(sums, reinterpret_cast<const float4*>(weights + (t * 4 + j) * kWeightStride), second) * unit;
       const bool none = (wide >> t) & 1;
       if (none || !all_narrow) {
