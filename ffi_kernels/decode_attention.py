@@ -28,7 +28,7 @@ _CTAS = {1: 132, 2: 132, 4: 116, 8: 112, 16: 96}
 # Time of a CTA, relative, measured. That takes one part and serves 16 heads, 32 heads, and each 32 heads more from entries it has
 # decoded; that takes four parts and serves 16 heads; that takes one part or two and serves 64 heads.
 _COSTS = {16: 18, 32: 25, "more": 20, "four parts": 45, 64: 25, "two parts": 33}
-_WIDE = 205120  # bytes of shared memory that sm90a/attention_64.cu divides itself
+_WIDE = 205056  # bytes of shared memory that sm90a/attention_64.cu divides itself, a multiple of 128
 
 
 def decode_attention(

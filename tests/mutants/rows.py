@@ -63,7 +63,7 @@ MUTANTS = [
         ("blocks too far below the largest as integers", "shift & from_low & ~from_high", "from_low & ~from_high", "indexer_wgmma wide"),
         ("the weights of the first token", "weights + (t * 4 + j) * kWeightStride", "weights + j * kWeightStride", "indexer_wgmma many"),
         ("a tile twice", "of.load(base + step + own, raw)", "of.load(base + own, raw)", "indexer_wgmma one"),
-        ("sums that have not come", "wgmma.wait_group.sync.aligned 0;", "", "indexer_wgmma one"),
+        ("sums that have not come", "  products_wait<0>();\n", "", "indexer_wgmma one"),
     ),
     *of(
         INTEGERS,

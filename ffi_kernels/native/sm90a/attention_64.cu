@@ -21,7 +21,7 @@ constexpr int kSlices = kChannels / kSlice, kEntryBytes = 576;
 constexpr int kGroups = kTileKeys / 8, kLocated = kTileKeys / 8;  // groups of 8 keys; keys that a warp locates
 constexpr int kKeys = kTileKeys / 2;                              // of a warpgroup in the product with K
 constexpr uint32_t kQuerySlice = kHeads * kRowBytes;
-// Offsets in shared memory, before those of AttentionParams; the output takes the place of the first two.
+// Offsets in shared memory, before those of AttentionParams (_WIDE in decode_attention.py); the output takes the place of the first two.
 constexpr uint32_t kQueries = 0, kEntries = kSlices * kQuerySlice, kRaw = kEntries + kSlices * kSliceBytes;
 constexpr uint32_t kScales = kRaw + kTileKeys * kEntryBytes, kBarrier = kScales + 8 * kTileKeys;
 constexpr uint32_t kPresent = kBarrier + 16;          // bool [keys]
@@ -57,8 +57,8 @@ DSV4_D uint2 copy_entry(const Entry& entry, int key) {
 }
 
 // Channels 16 c .. 16 c + 15 of a row of a slice, g being its number modulo 8: k step j of the products with K has channels
-// 16 c + 4 j .. + 3 of all c, as in cuda/attention.cu, so these four stand at 16 j + 4 c (and come back in `merge_slots`). Rows that are odd
-// begin with the second half of the steps, which `words` has in front: no bank conflicts.
+// 16 c + 4 j .. + 3 of all c, as in cuda/attention.cu, so these four stand at 16 j + 4 c (and come back in `merge_slots`). Rows that
+// are odd begin with the second half of the steps, which `words` has in front: no bank conflicts.
 DSV4_D void store_row(uint32_t row, int g, int c, const uint32_t (&words)[8]) {
   const uint32_t at = row + (((c >> 1) ^ g ^ (4 * (g & 1))) * 16) + (c & 1) * 8;
 #pragma unroll

@@ -122,19 +122,20 @@ DSV4_D void prepare_head(const HeadBlock& block, int t, int head, int j, uint8_t
 DSV4_D void multiply(int32_t (&sums)[32], const uint32_t (&a)[4][4], uint64_t heads) {
 #define WRITTEN(i) "=&r"(sums[i])
 #define KEPT(i) "+r"(sums[i])
+  products_begin();
   asm volatile(
-      "wgmma.fence.sync.aligned;\n"
       PRODUCT("%32,%33,%34,%35", "%48", "0")
       PRODUCT("%36,%37,%38,%39", "%49", "1")
       PRODUCT("%40,%41,%42,%43", "%50", "1")
       PRODUCT("%44,%45,%46,%47", "%51", "1")
-      "wgmma.commit_group.sync.aligned;"
       : ALL_SUMS(WRITTEN)
       : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(a[1][0]), "r"(a[1][1]), "r"(a[1][2]), "r"(a[1][3]),
         "r"(a[2][0]), "r"(a[2][1]), "r"(a[2][2]), "r"(a[2][3]), "r"(a[3][0]), "r"(a[3][1]), "r"(a[3][2]), "r"(a[3][3]),
         "l"(heads), "l"(moved(heads, 32)), "l"(moved(heads, 64)), "l"(moved(heads, 96))
       : "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 0;" : ALL_SUMS(KEPT)::"memory");
+  products_commit();
+  products_wait<0>();
+  asm volatile("" : ALL_SUMS(KEPT)::"memory");  // not used before
 #undef WRITTEN
 #undef KEPT
 }
