@@ -124,8 +124,9 @@ def row_bytes(form: int, k: int) -> int:
 
 
 def is_whole(form: int, n: int, k: int) -> bool:
-    """Whether a weight consists of whole tiles and units, with rows of scales that start on 16 bytes."""
-    return n % TILE_ROWS == 0 and row_bytes(form, k) % UNIT_BYTES == 0
+    """Whether a weight consists of whole tiles and units, with rows of scales that start on 16 bytes (FP8: with whole words of scales)."""
+    words = form != FP8_WEIGHT or -(-n // FP8_BLOCK) * -(-k // FP8_BLOCK) % 4 == 0
+    return n % TILE_ROWS == 0 and row_bytes(form, k) % UNIT_BYTES == 0 and words
 
 
 def split_of(form: int, n: int, k: int, matrices: int = 1) -> int:

@@ -5,8 +5,7 @@ is named; the others go on. Prints, and writes into OUT/summary.txt, how many te
 tool has seen, and what was wrong; the reports of a tool, and the output of processes that died, are in OUT/<tool>.txt. Exit code 0
 only if all tests passed under all tools without a report.
 
-Every process holds much device memory under a tool, before it has allocated anything: of 18 at once on an H200 some got no context.
-One that gets none tries again.
+A process that gets no context, as when others hold the memory, tries again.
 """
 
 import argparse
@@ -164,12 +163,14 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--tools", nargs="+", default=["memcheck", "racecheck"], help="of compute-sanitizer (default: memcheck racecheck)")
-    parser.add_argument("--processes", type=int, default=4, help="at a time (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=8, help="at a time (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=600, help="limit of each tool (default: %(default)s)")
     parser.add_argument("--arch", choices=library.ARCHS, default="sm_90a", help="of this GPU (default: %(default)s)")
     parser.add_argument("-k", dest="which", help="which tests, as pytest takes it (default: those of the architecture that are not 'large')")
     parser.add_argument("--interpreter", dest="how", action="store_const", const="interpreter", default="device", help="a rehearsal: interpreted, without a tool")
     arguments = parser.parse_args(argv)
+    if (missing := library.why_not(arguments.arch if arguments.how == "device" else library.SIM)) is not None:
+        parser.error(missing)
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.txt").write_text("")

@@ -27,7 +27,7 @@ struct Segment {
 
 // A warp's ring of slots, filled ahead of what is multiplied. `Walk::next(Segment&)` gives one segment after the other, and then
 // false as often as it is asked; the warp that consumes goes through the same segments with a walk of its own. `whole`: all
-// segments have 16 rows and whole units, and their scales lie on 16 bytes (but those of FP8). `ahead`: slots that are on their way
+// segments have 16 rows and whole units, and their scales lie on 16 bytes (those of FP8 in whole words). `ahead`: slots that are on their way
 // while one is consumed: kRing - 1, and that one is filled again before it is consumed, or kRing, and it is filled after that.
 template <uint32_t kinds, bool whole, class Walk, int ahead>
 struct Ring {
@@ -120,9 +120,13 @@ struct Ring {
         }
         scale += step * 16;
       } else if (has_format<kinds, kFp8>(format)) {
-        if (id < 2) {  // a byte for each 128 of K: the aligned word that ends with it
+        if (id < 2) {  // a byte for each 128 of K, at its place in an aligned word
           const uint64_t byte = reinterpret_cast<uint64_t>(scale);
-          copy_async_4(scales + id * 4, reinterpret_cast<const void*>(byte & ~uint64_t(3)), whole || unit * 2 + id < scale_bytes ? int(byte & 3) + 1 : 0);
+          if (whole) {
+            copy_async_4(scales + id * 4, reinterpret_cast<const void*>(byte & ~uint64_t(3)), 4);
+          } else {  // the word may reach behind the end of the array
+            store4(scales + id * 4, unit * 2 + id < scale_bytes ? uint32_t(*scale) << (8 * (byte & 3)) : 0);
+          }
         }
         scale += step * 2;
       }
