@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ffi_kernels.dispatch import current, implementation
 from ffi_kernels.launch import launch, native
@@ -20,11 +21,12 @@ from ffi_kernels.tensor import KV_BLOCK, FP8KVCache
 # Constants of native/include/attention.cuh: entries that a CTA holds at a time, pitch of scores, channels of a warp.
 _TILE, _PITCH, _SLICE = 80, 88, 64
 _MAX_CHANNELS = 512
-_LONG = 4096  # entries of one sequence from which on more parts share the work
+# Clusters that share the keys of a token at most, and keys of one: two tiles to a CTA. 7 for each half of 64 heads run at once.
+_CLUSTERS, _CLUSTER_KEYS = 7, 8 * 2 * _TILE
 _TEAM_CHANNELS = 256  # from which on half of a CTA has a thread for each entry
 # CTAs that run at once on an H200, by the size of a cluster: one per SM, but its GPCs do not all divide by 4 and more. Measured for
-# 8, guessed for 4 and 16 from GPCs that fit it.
-_CTAS = {1: 132, 2: 132, 4: 116, 8: 112, 16: 96}
+# 8, guessed for 4 from GPCs that fit it.
+_CTAS = {1: 132, 2: 132, 4: 116, 8: 112}
 # Time of a CTA, relative, measured. That takes one part and serves 16 heads, 32 heads, and each 32 heads more from entries it has
 # decoded; that takes four parts and serves 16 heads; that takes one part or two and serves 64 heads.
 _COSTS = {16: 18, 32: 25, "more": 20, "four parts": 45, 64: 25, "two parts": 33}
@@ -92,11 +94,16 @@ def _scale_bytes(channels: int, rope: int) -> int:
     return blocks + -blocks % 8
 
 
-def parts_of(keys: int) -> int:
-    """Parts into which the keys of one token are divided: by the capacity of one sequence, never by the batch."""
-    if keys > _LONG:
-        return 16
-    return min(8, 1 << max(0, math.ceil(keys / _TILE) - 1).bit_length())
+def parts_of(keys: int) -> tuple[int, int]:
+    """How the keys of one token are divided: clusters of CTAs, and parts of each. By the capacity of a sequence, never by the batch."""
+
+    parts = min(8, 1 << max(0, math.ceil(keys / _TILE) - 1).bit_length())
+    return min(_CLUSTERS, max(1, math.ceil(keys / _CLUSTER_KEYS))), parts
+
+
+def _inverse(divisor: int) -> int:
+    """2**32 / divisor, rounded up, in the bits of an int32; of no use for 1."""
+    return int(np.uint32(-(-(2**32) // divisor) % 2**32).view(np.int32))
 
 
 class Mapping(NamedTuple):
@@ -108,7 +115,7 @@ class Mapping(NamedTuple):
 
 
 def mapping_of(rows: int, heads: int, channels: int, parts: int, fits: bool, wide: bool) -> Mapping:
-    """What needs the least time in waves of clusters.
+    """What needs the least time in waves of clusters, of which `rows` share the CTAs.
 
     fits: all entries of a part fit into shared memory at once, where they can wait for more heads. wide: 64 heads at a time are possible.
     """
@@ -153,11 +160,11 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
     size, entries = jax.tree.leaves(window)[0].shape[1], 0 if compressed is None else jax.tree.leaves(compressed)[0].shape[1]
     picks = 0 if picked is None else picked.shape[-1]
     visible = entries if picked is None else picks
-    parts = parts_of(size + visible)
-    shares = -(-size // parts), -(-picks // parts)
-    fits = shares[0] + -(-visible // parts) <= _TILE
+    clusters, parts = parts_of(size + visible)
+    shares = [-(-count // (clusters * parts)) for count in (size, picks, visible)]
+    fits = shares[0] + shares[2] <= _TILE
     wide = fp8 and current() != "sm_100a" and (channels, rope) == (_MAX_CHANNELS, _SLICE)
-    group, passes, parts_of_cta = mapping_of(batch * tokens, heads, channels, parts, fits, wide)
+    group, passes, parts_of_cta = mapping_of(batch * tokens * clusters, heads, channels, parts, fits, wide)
     cluster, stages, teams = parts // parts_of_cta, 1 if fits else 2, 2 if parts_of_cta == 4 else 1
     stage_bytes = channels // _SLICE * _TILE * 2 * _SLICE
     sizes = {
@@ -175,20 +182,28 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
     team_bytes = -(-used // 256) * 256
     angles = teams * team_bytes
     sinks = angles + rope * 4
-    results = launch(
+    def result(last: int, dtype):
+        return jax.ShapeDtypeStruct((batch, tokens, clusters, heads, last), dtype)
+
+    finished = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, tokens, heads), jnp.float32) if return_lse else None]
+    partial = [result(channels, jnp.float32), result(2, jnp.float32)]
+    out, lse, *left = launch(
         "decode_attention", module, f"decode_attention_{'fp8' if fp8 else 'bf16'}_{kernel}",
-        grid=(cluster * tokens, -(-heads // (group * passes)), batch), block=threads, cluster=(cluster, 1, 1),
+        grid=(clusters * cluster, -(-heads // (group * passes)), batch * tokens), block=threads, cluster=(cluster, 1, 1),
         shared_bytes=sinks + group * passes * 4,
         inputs=[q, *arrays(window), *arrays(fresh), *arrays(compressed), picked, sink, start, length, cos, sin],
-        outputs=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, tokens, heads), jnp.float32) if return_lse else None,
-        ],
+        outputs=[*finished, None, None] if clusters == 1 else [None, None, *partial],
         scalars=[
-            tokens, heads, channels, rope, size, entries, picks, max(ratio, 1).bit_length() - 1, parts.bit_length() - 1,
-            cluster.bit_length() - 1, *shares, channels + rope if fp8 else 2 * channels,
+            tokens, heads, channels, rope, size, entries, picks, max(ratio, 1).bit_length() - 1, clusters * parts,
+            _inverse(tokens), _inverse(clusters * parts), cluster.bit_length() - 1,
+            *shares[:2], channels + rope if fp8 else 2 * channels,
             _scale_bytes(channels, rope) if fp8 else 0, stages, stage_bytes, team_bytes, passes, *offsets, angles, sinks,
             channels**-0.5 / math.log(2),
         ],
     )  # fmt: skip
-    return results if return_lse else results[0]
+    if clusters > 1:
+        out, lse = launch(
+            "decode_attention", "attention", "decode_attention_join", grid=(heads, tokens, batch), block=channels // 4,
+            inputs=[*left, sink, length, cos, sin], outputs=finished, scalars=[heads, channels, rope, clusters],
+        )  # fmt: skip
+    return (out, lse) if return_lse else out

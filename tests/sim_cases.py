@@ -356,7 +356,7 @@ case("topk cluster")(lambda: top(F32, 16500, 300))  # more than a CTA holds
 case("topk bf16")(lambda: [*top(BF16, 4100, 100), *top(BF16, 300, 300)])
 
 
-def attention(kind, form, heads, channels, shape, tokens=2, window=21, entries=37, picks=50, parts=1):
+def attention(kind, form, heads, channels, shape, tokens=2, window=21, entries=37, picks=50, parts=(1, 1)):
     starts, lengths = np.int32([0, window + 1, 128 * entries - 2]), np.int32([tokens, 1, tokens])
     batch, rope = 3, 64
     cache = lambda n: on_xla(lambda x: ops.encode_kv(x, rope), normal(batch, n, channels)) if form == "fp8" else normal(batch, n, channels)  # noqa: E731
@@ -371,14 +371,14 @@ def attention(kind, form, heads, channels, shape, tokens=2, window=21, entries=3
 
 case("attention fp8 csa")(lambda: attention("csa", "fp8", 8, 128, (16, 1, 1), window=16, entries=40, picks=24))
 case("attention fp8 hca 32")(lambda: attention("hca", "fp8", 35, 256, (32, 2, 1)))
-case("attention fp8 tiles")(lambda: attention("csa", "fp8", 19, 128, (16, 1, 1), tokens=1, window=40, entries=400, picks=380, parts=2))
-case("attention bf16 hca parts")(lambda: attention("hca", "bf16", 8, 128, (16, 1, 1), tokens=1, window=40, entries=63, parts=4))
+case("attention fp8 tiles")(lambda: attention("csa", "fp8", 19, 128, (16, 1, 1), tokens=1, window=40, entries=400, picks=380, parts=(1, 2)))
+case("attention bf16 hca parts")(lambda: attention("hca", "bf16", 8, 128, (16, 1, 1), window=40, entries=63, parts=(3, 2)))
 case("attention bf16 window")(lambda: attention("window", "bf16", 8, 128, (16, 1, 1)))
 case("attention bf16 csa 32")(lambda: attention("csa", "bf16", 19, 256, (32, 1, 1), tokens=1))
-case("attention fp8 teams")(lambda: attention("csa", "fp8", 19, 256, (16, 1, 4), tokens=1, window=80, entries=400, picks=500, parts=8))
-case("attention_64 tiles")(lambda: attention("csa", "fp8", 67, 512, (64, 1, 1), tokens=1, window=20, entries=400, picks=220, parts=2))
-case("attention_64 pairs")(lambda: attention("csa", "fp8", 35, 512, (64, 1, 2), window=20, entries=300, picks=190, parts=4))
-case("attention bf16 teams")(lambda: attention("hca", "bf16", 8, 256, (16, 1, 4), window=40, entries=150, parts=4))
+case("attention fp8 teams")(lambda: attention("csa", "fp8", 19, 256, (16, 1, 4), tokens=1, window=80, entries=400, picks=500, parts=(1, 8)))
+case("attention_64 tiles")(lambda: attention("csa", "fp8", 67, 512, (64, 1, 1), tokens=1, window=20, entries=400, picks=220, parts=(1, 2)))
+case("attention_64 pairs")(lambda: attention("csa", "fp8", 35, 512, (64, 1, 2), window=20, entries=300, picks=190, parts=(1, 4)))
+case("attention bf16 teams")(lambda: attention("hca", "bf16", 8, 256, (16, 1, 4), window=40, entries=150, parts=(1, 4)))
 
 
 # name: M, N, K, dtype. With 4 CTAs, or 2 pairs, each takes several tiles, of which the last is ragged, and its ring turns over

@@ -11,6 +11,10 @@ TILES, TEAMS, WIDE, PAIRS = "attention fp8 tiles", "attention fp8 teams", "atten
 MUTANTS = [
     *of(
         ATTENTION,
+        ("clusters are added without their factors", "sum.x = fmaf(factor, outs[i].x, sum.x)", "sum.x += outs[i].x", "attention bf16 hca parts"),
+        ("the total lacks the last cluster", "total = fmaf(factor, softmax[i].y, total);", "if (i + 1 < p.clusters) total = fmaf(factor, softmax[i].y, total);", "attention bf16 hca parts"),
+        ("every CTA takes the parts of the first cluster", "const int row = blockIdx.z, place = blockIdx.x, thread", "const int row = blockIdx.z, place = rank_of(p), thread", "attention bf16 hca parts"),
+        ("the joined token may not count", "if (int(blockIdx.y) >= p.length[blockIdx.z]) {", "if (false) {", "attention bf16 hca parts"),
         ("no barrier between scores and softmax", "decoded, scales);\n      __syncthreads();", "decoded, scales);", "attention fp8 csa"),
         ("no barrier between softmax and the product with V", "tile == 0, keys);\n      __syncthreads();", "tile == 0, keys);", "attention fp8 csa"),
         ("no barrier before the output takes the place of the entries", "    __syncthreads();  // the entries have been read", "    // the entries have been read", TILES),
@@ -26,7 +30,7 @@ MUTANTS = [
         ("both parts of a team leave their statistics in one place", "role.base + turn * heads * 4", "role.base", TEAMS),
         ("the second part of a team begins with the output of the first", "out[0][n][i], out[0][n][i] = 0.0f;", "out[0][n][i];", TEAMS),
         ("the second part has the picks of the first", "load_pick(p, Part(p, token, first + 1), row, thread);", "load_pick(p, Part(p, token, first), row, thread);", TEAMS),
-        ("the first parts for the teams of all CTAs", "first = 2 * (2 * rank + role.team);", "first = 2 * role.team;", TEAMS),
+        ("the first parts for the teams of all CTAs", "first = 2 * (2 * int(blockIdx.x) + role.team),", "first = 2 * role.team,", TEAMS),
         ("the totals of a team's parts are not joined", "one = both.largest, sum = both.total", "one = both.largest, both.total", TEAMS),
         ("no barrier of the cluster behind the merge of teams", "  cluster_wait();  // nobody ends", "  // nobody ends", TEAMS),
     ),
@@ -90,7 +94,7 @@ MUTANTS = [
         ("the query's own entry comes from the ring", "if (age <= part.token) row", "if (age < part.token) row", "attention fp8 csa"),
         ("picks of another token", "p.picked[size_t(row) * p.picks + part.compressed_first + key - part.window_count]", "p.picked[part.compressed_first + key - part.window_count]", "attention fp8 csa"),
         ("an index at the end of the cache is taken", "uint32_t(row) < uint32_t(rows)", "uint32_t(row) <= uint32_t(rows)", "attention fp8 csa"),
-        ("closed entries that no part attends to", "(closed + (1 << p.parts_log2) - 1) >> p.parts_log2", "closed >> p.parts_log2", "attention bf16 hca parts"),
+        ("closed entries that no part attends to", "divided(closed + p.parts - 1,", "divided(closed,", "attention bf16 hca parts"),
         ("every part attends to the first picks", "compressed_first = min(rank * p.pick_share, p.picks);", "compressed_first = 0;", TILES),
     ),
     *of(
@@ -102,6 +106,8 @@ MUTANTS = [
         ("the first pair of a CTA is read for both", "(first + i) % kTeams * p.team_bytes", "0", TEAMS),
         ("factors of a pair change places", "join(x.x, a, y.x, b)", "join(x.x, b, y.x, a)", TILES),
         ("sinks of the first heads for all passes", "most, total, pass * kHeads + local", "most, total, local", "attention fp8 hca 32"),
+        ("clusters of all sequences in one place", "size_t(row) * (gridDim.x >> p.cluster_log2)", "size_t(row)", "attention bf16 hca parts"),
+        ("what a cluster leaves lacks the softmax of its last heads", "p.partial_softmax[to] = {most, total}", "p.partial_softmax[to] = {most, 1.0f}", "attention bf16 hca parts"),
         ("the rotation turns the wrong channels", "const int turned = channel + i - (p.channels - p.rope);", "const int turned = channel + i - (p.channels - p.rope) + 2;", "attention bf16 window"),
     ),
 ]  # fmt: skip

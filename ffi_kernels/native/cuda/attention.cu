@@ -1,9 +1,9 @@
 // Attention of 1..4 new tokens per sequence over the window and the chosen compressed entries, from a query to the
 // rotated-back output, in one launch. Contract: ffi_kernels/decode_attention.py.
 //
-// A cluster serves one token and a group of heads. The keys are divided into parts, each with an online softmax of its own; a CTA
-// takes one of them, or four, and those of a cluster are merged by distributed shared memory. Grid (C T, head groups, B), cluster
-// (C, 1, 1).
+// The keys of a token are divided into parts, each with an online softmax of its own; a CTA takes one of them, or four, for a group of
+// heads, and those of a cluster of C CTAs are merged by distributed shared memory. Many keys have several clusters, and a second
+// launch, decode_attention_join, adds up what these leave. Grid (C clusters, head groups, B T), cluster (C, 1, 1).
 // For each tile of 80 keys:
 //   product with K   a pair of slices (128 channels) has kSplit warps of a team, which take groups of 8 keys in turn: stored bytes
 //                    -> bf16 fragments in registers -> partial scores; the bf16 entries stay in shared memory
@@ -44,14 +44,14 @@ template <bool kFp8, int kHeadTiles>
 DSV4_D void attend(const AttentionParams& p) {
   constexpr int heads = 16 * kHeadTiles;
   const Role<4> role(p);
-  const int sequence = blockIdx.z, token = blockIdx.x >> p.cluster_log2, rank = blockIdx.x & ((1 << p.cluster_log2) - 1), thread = threadIdx.x;
-  const int row = sequence * p.tokens + token;
-  Part part(p, token, rank);
+  const int row = blockIdx.z, place = blockIdx.x, thread = threadIdx.x;
+  const auto [sequence, token] = Token(p, row);
+  Part part(p, token, place);
   const bool locates = thread < kTileKeys;  // entry `thread` of each tile
   int pick = locates ? load_pick(p, part, row, thread) : -1;  // in flight together with start and length
   const int start = load_now(p.start + sequence), length = load_now(p.length + sequence);
-  if (token >= length) return store_nothing<heads>(p, row, rank);
-  part.set_position(p, start, rank);
+  if (token >= length) return store_nothing<heads>(p, row, rank_of(p));
+  part.set_position(p, start, place);
   const int count = part.count(), tiles = (count + kTileKeys - 1) / kTileKeys;
   load_constants(p, row, heads);
 #pragma unroll 1
@@ -61,8 +61,8 @@ DSV4_D void attend(const AttentionParams& p) {
     uint32_t scales[kRounds<4>] = {};
     if (!decoded) {
       if (locates) {
-        in_shared<Entry>(p.rows + thread * sizeof(Entry)) = locate(p, part_anew(p, rank), sequence, thread, pick);
-        pick = load_pick(p, part_anew(p, rank), row, kTileKeys + thread);
+        in_shared<Entry>(p.rows + thread * sizeof(Entry)) = locate(p, part_anew(p, place), sequence, thread, pick);
+        pick = load_pick(p, part_anew(p, place), row, kTileKeys + thread);
       }
       __syncthreads();
       load_tile<kFp8>(p, role, 0, keys_of_tile(count, 0), scales);
@@ -72,7 +72,7 @@ DSV4_D void attend(const AttentionParams& p) {
     for (int tile = 0; tile < tiles; ++tile) {
       const int stage = p.stages == 2 ? tile & 1 : 0, keys = keys_of_tile(count, tile);
       if (locates && tile + 1 < tiles) {
-        const Part part = part_anew(p, rank);
+        const Part part = part_anew(p, place);
         const int key = (tile + 1) * kTileKeys + thread;
         in_shared<Entry>(p.rows + (((tile + 1) & 1) * kTileKeys + thread) * sizeof(Entry)) = locate(p, part, sequence, key, pick);
         pick = load_pick(p, part, row, key + kTileKeys);
@@ -94,8 +94,8 @@ DSV4_D void attend(const AttentionParams& p) {
     store_output<kHeadTiles>(p, role, out);
     if (!tiles && thread < heads) in_shared<float>(p.largest + 4 * thread) = -infinity(), in_shared<float>(p.total + 4 * thread) = 0.0f;
     cluster_sync();
-    merge<heads, 4>(p, row, first_head, pass, rank);
-    if (pass + 1 < p.passes && locates) pick = load_pick(p, part_anew(p, rank), row, thread);
+    merge<heads, 4>(p, row, first_head, pass, rank_of(p));
+    if (pass + 1 < p.passes && locates) pick = load_pick(p, part_anew(p, place), row, thread);
     cluster_wait();  // nobody goes on while others read from it
   }
 }
@@ -105,12 +105,12 @@ template <bool kFp8>
 DSV4_D void attend_in_teams(const AttentionParams& p) {
   constexpr int heads = 16, width = kPart<2> / 8;
   const Role<2> role(p);
-  const int sequence = blockIdx.z, token = blockIdx.x >> p.cluster_log2, rank = blockIdx.x & ((1 << p.cluster_log2) - 1), thread = role.thread;
-  const int row = sequence * p.tokens + token, first_head = int(blockIdx.y) * heads, first = 2 * (2 * rank + role.team);
+  const int row = blockIdx.z, first_head = int(blockIdx.y) * heads, first = 2 * (2 * int(blockIdx.x) + role.team), thread = role.thread;
+  const auto [sequence, token] = Token(p, row);
   const bool locates = thread < kTileKeys;
   int pick = locates ? load_pick(p, Part(p, token, first), row, thread) : -1;
   const int start = load_now(p.start + sequence), length = load_now(p.length + sequence);
-  if (token >= length) return store_nothing<heads>(p, row, rank);
+  if (token >= length) return store_nothing<heads>(p, row, rank_of(p));
   load_constants(p, row, heads);
   Part part(p, token, first);
   part.set_position(p, start, first);
@@ -163,11 +163,63 @@ DSV4_D void attend_in_teams(const AttentionParams& p) {
     one = both.largest, sum = both.total(sum, in_shared<float>(total + 4 * (heads + thread)));
   }
   cluster_sync();
-  merge<heads, 2>(p, row, first_head, 0, rank);
+  merge<heads, 2>(p, row, first_head, 0, rank_of(p));
   cluster_wait();  // nobody ends while others read from it
 }
 
+struct JoinParams {
+  const float* partial;          // of AttentionParams
+  const float2* partial_softmax;
+  const float* sink;             // [H]
+  const int32_t* length;         // [B]
+  const float* cos;              // [B, T, R/2]
+  const float* sin;              // [B, T, R/2]
+  uint16_t* out;                 // bf16 [B, T, H, K]
+  float* lse;                    // [B, T, H] or null
+  int32_t heads, channels, rope, clusters;
+};
+constexpr int kMaxClusters = 7;  // _CLUSTERS in decode_attention.py
+
+// What the clusters have left, relative to the largest score of all, added in order. Grid (H, T, B), a thread to 4 channels.
+DSV4_D void join_clusters(const JoinParams& p) {
+  const int row = blockIdx.z * gridDim.y + blockIdx.y, channel = 4 * threadIdx.x;
+  const size_t to = size_t(row) * p.heads + blockIdx.x;
+  uint2* const out = reinterpret_cast<uint2*>(p.out + to * p.channels + channel);
+  if (int(blockIdx.y) >= p.length[blockIdx.z]) {
+    *out = {};
+    if (p.lse != nullptr && channel == 0) p.lse[to] = -infinity();
+    return;
+  }
+  float4 outs[kMaxClusters];
+  float2 softmax[kMaxClusters];
+#pragma unroll
+  for (int i = 0; i < kMaxClusters; ++i) {
+    const size_t from = (size_t(row) * p.clusters + min(i, p.clusters - 1)) * p.heads + blockIdx.x;
+    outs[i] = *reinterpret_cast<const float4*>(p.partial + from * p.channels + channel);
+    softmax[i] = i < p.clusters ? p.partial_softmax[from] : float2{-infinity(), 0.0f};
+  }
+  float most = softmax[0].x, total = 0.0f;
+#pragma unroll
+  for (int i = 1; i < kMaxClusters; ++i) most = fmaxf(most, softmax[i].x);
+  float4 sum = {};
+#pragma unroll
+  for (int i = 0; i < kMaxClusters; ++i) {
+    if (i >= p.clusters) break;
+    const float factor = rescale(softmax[i].x, most);
+    total = fmaf(factor, softmax[i].y, total);
+    sum.x = fmaf(factor, outs[i].x, sum.x), sum.y = fmaf(factor, outs[i].y, sum.y);
+    sum.z = fmaf(factor, outs[i].z, sum.z), sum.w = fmaf(factor, outs[i].w, sum.w);
+  }
+  const size_t angles = size_t(row) * (p.rope / 2);
+  finish(p, to, channel, sum, most, total, p.sink[blockIdx.x], p.cos + angles, p.sin + angles);
+}
+
 }  // namespace
+
+extern "C" __global__ void __launch_bounds__(128) decode_attention_join(const __grid_constant__ JoinParams p) {
+  start_after_previous();
+  join_clusters(p);
+}
 
 // decode_attention_<format>_<heads of a CTA, or teams>
 extern "C" __global__ void __launch_bounds__(512, 1) decode_attention_fp8_16(const __grid_constant__ AttentionParams p) {

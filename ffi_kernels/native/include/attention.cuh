@@ -34,9 +34,12 @@ struct AttentionParams {
   const float* sin;                   // [B, T, R/2]
   uint16_t* out;                      // bf16 [B, T, H, K]
   float* lse;                         // [B, T, H] or null
+  float* partial;                     // where several clusters share the keys, else null: sums [B, T, clusters, H, K]
+  float2* partial_softmax;            // [B, T, clusters, H]: largest score in log2 units, sum of the weights relative to it
   int32_t tokens, heads, channels, rope, window_size, entries, picks;  // T, H, K, R, W, C, X
-  int32_t ratio_log2, parts_log2;     // parts share the keys of one token
-  int32_t cluster_log2;               // CTAs that share the parts: one each, or where there are teams four
+  int32_t ratio_log2, parts;          // parts share the keys of one token
+  uint32_t tokens_inverse, parts_inverse;  // for `divided`
+  int32_t cluster_log2;               // CTAs of a cluster: each has a part, or two, or where there are teams four
   int32_t window_share, pick_share;   // of one part
   int32_t entry_bytes, scale_bytes;   // K + R and S, or 2 K and 0
   int32_t stages, stage_bytes;        // tiles in shared memory, 1 or 2; K / 64 * kSliceBytes
@@ -53,7 +56,17 @@ struct AttentionParams {
   float score_scale;                  // K**-0.5 * log2(e): exponentials are taken to base 2
 };
 
-// The entries that one CTA of the cluster attends to for one token: its part of the window, then its part of the
+// n / divisor, from 2**32 / divisor rounded up. Exact while n * divisor < 2**32.
+DSV4_D int divided(int n, int divisor, uint32_t inverse) { return divisor == 1 ? n : int(__umulhi(uint32_t(n), inverse)); }
+
+// The sequence of a row of queries, and the number of its token there.
+struct Token {
+  int sequence, number;
+
+  DSV4_D Token(const AttentionParams& p, int row) : sequence(divided(row, p.tokens, p.tokens_inverse)), number(row - sequence * p.tokens) {}
+};
+
+// The entries that one CTA attends to for one token: its part of the window, then its part of the
 // compressed ones. Parts depend on static shapes and on the position only, never on the batch.
 struct Part {
   int token, position, newest_slot;  // of the query; the slot of its own entry in the ring
@@ -73,7 +86,7 @@ struct Part {
     newest_slot = position < 0 ? 0 : (size & (size - 1)) == 0 ? position & (size - 1) : position % size;
     if (p.compressed == nullptr || p.picked != nullptr) return;
     const int closed = min(position < 0 ? 0 : int((uint32_t(position) + 1u) >> p.ratio_log2), p.entries);
-    const int share = (closed + (1 << p.parts_log2) - 1) >> p.parts_log2;
+    const int share = divided(closed + p.parts - 1, p.parts, p.parts_inverse);
     compressed_first = min(rank * share, closed);
     compressed_count = min(share, closed - compressed_first);
   }

@@ -66,8 +66,7 @@ DSV4_D void merge_slots(const AttentionParams& p, int row, int first_head, int r
       load(head + kAtOnce, 0, outs);
     else
       cluster_arrive();  // before the stores, for which it would wait
-    float all = __shfl_sync(kAll, total, from);
-    finish(p, row, first_head + head, channel, sum, __shfl_sync(kAll, most, from), all, head);
+    leave(p, row, first_head + head, channel, sum, __shfl_sync(kAll, most, from), __shfl_sync(kAll, total, from), head);
   }
 }
 
@@ -77,8 +76,7 @@ DSV4_D void merge_heads(const AttentionParams& p, int row, int first_head, int r
     case 0: merge_slots<kParts, 1>(p, row, first_head, rank); break;
     case 1: merge_slots<kParts, 2>(p, row, first_head, rank); break;
     case 2: merge_slots<kParts, 4>(p, row, first_head, rank); break;
-    case 3: merge_slots<kParts, 8>(p, row, first_head, rank); break;
-    default: merge_slots<kParts, 16>(p, row, first_head, rank);
+    default: merge_slots<kParts, 8>(p, row, first_head, rank);
   }
 }
 

@@ -9,6 +9,8 @@ namespace dsv4 {
 constexpr uint32_t kAll = 0xFFFFFFFFu;
 constexpr float kLn2 = 0.693147180559945309f, kLog2e = 1.44269504088896341f;
 
+DSV4_D int rank_of(const AttentionParams& p) { return blockIdx.x & ((1 << p.cluster_log2) - 1); }
+
 DSV4_D float infinity() { return bits_float(kInfBits); }
 
 // 2**x; a result below 2**-126 is zero.
@@ -90,11 +92,11 @@ DSV4_D float4 sum_slots(const AttentionParams& p, uint32_t from, uint32_t larges
   return sum;
 }
 
-// Four channels of a head from the sum over all parts: divides, rotates back, stores. `sink` counts the CTA's heads.
-DSV4_D void finish(const AttentionParams& p, int row, int head, int channel, const float4& sum, float most, float& total, int sink) {
-  const size_t to = size_t(row) * p.heads + head;
+// Four channels of head and row `to` from the sum over all parts: divides, rotates back, stores.
+template <class Params>
+DSV4_D void finish(const Params& p, size_t to, int channel, const float4& sum, float most, float total, float sink, const float* cos, const float* sin) {
   if (p.lse != nullptr && channel == 0) p.lse[to] = base_of(most) * kLn2 + logf(total);
-  total += exp2(in_shared<float>(p.sinks + 4 * sink) * kLog2e - base_of(most));
+  total += exp2(sink * kLog2e - base_of(most));
   const float inverse = 1.0f / (total == 0.0f ? 1.0f : total);
   float x[4] = {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse};
 #pragma unroll
@@ -102,14 +104,24 @@ DSV4_D void finish(const AttentionParams& p, int row, int head, int channel, con
     const int turned = channel + i - (p.channels - p.rope);
     if (turned < 0) continue;
     const float a = round_bf16(x[i]), b = round_bf16(x[i + 1]);
-    const float cos = in_shared<float>(p.angles + 2 * turned), sin = in_shared<float>(p.angles + 2 * (p.rope + turned));
-    x[i] = a * cos + b * sin;
-    x[i + 1] = b * cos - a * sin;
+    x[i] = a * cos[turned / 2] + b * sin[turned / 2];
+    x[i + 1] = b * cos[turned / 2] - a * sin[turned / 2];
   }
   *reinterpret_cast<uint2*>(p.out + to * p.channels + channel) = {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3])};
 }
 
-// For this CTA's share of the heads: sums the parts, divides, rotates back, stores. A thread takes 4 channels of every
+// The same from the sum over the parts of this cluster, if there are no others; else leaves it for them. `sink` counts the CTA's heads.
+DSV4_D void leave(const AttentionParams& p, int row, int head, int channel, const float4& sum, float most, float total, int sink) {
+  if (p.partial == nullptr) {
+    const float* cos = &in_shared<float>(p.angles);
+    return finish(p, size_t(row) * p.heads + head, channel, sum, most, total, in_shared<float>(p.sinks + 4 * sink), cos, cos + p.rope / 2);
+  }
+  const size_t to = (size_t(row) * (gridDim.x >> p.cluster_log2) + (blockIdx.x >> p.cluster_log2)) * p.heads + head;
+  *reinterpret_cast<float4*>(p.partial + to * p.channels + channel) = sum;
+  if (channel == 0) p.partial_softmax[to] = {most, total};
+}
+
+// For this CTA's share of the heads: sums the parts of the cluster and leaves the result. A thread takes 4 channels of every
 // fourth head. Arrives at the barrier of the cluster once it has read all parts, before it stores: the arrival would wait for that.
 template <int kHeads, int kSplit>
 DSV4_D void merge(const AttentionParams& p, int row, int first_head, int pass, int rank) {
@@ -131,17 +143,17 @@ DSV4_D void merge(const AttentionParams& p, int row, int first_head, int pass, i
       case 0: sum = sum_slots<teams, teams>(p, from, largest_at, total_at, most, total); break;
       case 1: sum = sum_slots<teams, 2 * teams>(p, from, largest_at, total_at, most, total); break;
       case 2: sum = sum_slots<teams, 4 * teams>(p, from, largest_at, total_at, most, total); break;
-      case 3: sum = sum_slots<teams, 8 * teams>(p, from, largest_at, total_at, most, total); break;
-      default: sum = sum_slots<teams, 16 * teams>(p, from, largest_at, total_at, most, total);
+      default: sum = sum_slots<teams, 8 * teams>(p, from, largest_at, total_at, most, total);
     }
     if (local + 4 >= end) cluster_arrive();
-    finish(p, row, head, channel, sum, most, total, pass * kHeads + local);
+    leave(p, row, head, channel, sum, most, total, pass * kHeads + local);
   }
 }
 
 // A token that does not count yields zeros and an lse of -inf.
 template <int kHeads>
 DSV4_D void store_nothing(const AttentionParams& p, int row, int rank) {
+  if (p.partial != nullptr) return;  // decode_attention_join does it
   const int share = kHeads * p.passes >> p.cluster_log2, first = blockIdx.y * kHeads * p.passes + rank * share, count = min(share, p.heads - first);
   for (int i = threadIdx.x; i < count * p.channels / 8; i += blockDim.x)
     reinterpret_cast<uint4*>(p.out + (size_t(row) * p.heads + first) * p.channels)[i] = {};

@@ -19,10 +19,11 @@ DSV4_D void copy_async_4(uint32_t shared_address, const void* from) {
 
 // The part, computed where it is needed: kept in registers it would make the products spill.
 DSV4_D Part part_anew(const AttentionParams& p, int number) {
-  int token = blockIdx.x >> p.cluster_log2;
-  asm volatile("" : "+r"(token), "+r"(number));
-  Part part(p, token, number);
-  part.set_position(p, load_now(p.start + blockIdx.z), number);
+  int row = blockIdx.z;
+  asm volatile("" : "+r"(row), "+r"(number));
+  const Token token(p, row);
+  Part part(p, token.number, number);
+  part.set_position(p, load_now(p.start + token.sequence), number);
   return part;
 }
 

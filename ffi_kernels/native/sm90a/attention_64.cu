@@ -239,8 +239,9 @@ DSV4_D void store_output(const AttentionParams& p, const Wide& role, const float
 template <int kParts>
 DSV4_D void attend(const AttentionParams& p) {
   const Wide role;
-  const int sequence = blockIdx.z, token = blockIdx.x >> p.cluster_log2, rank = blockIdx.x & ((1 << p.cluster_log2) - 1);
-  const int row = sequence * p.tokens + token, first_head = int(blockIdx.y) * kHeads, first = kParts * rank;
+  const int row = blockIdx.z, place = blockIdx.x, rank = rank_of(p), first_head = int(blockIdx.y) * kHeads, first = kParts * place;
+  const Token of_row(p, row);
+  const int sequence = of_row.sequence, token = of_row.number;
   const bool mine = role.lane < kLocated;  // this thread has an entry of each tile
   const int key = role.warp * kLocated + role.lane;
   const int start = load_now(p.start + sequence), length = load_now(p.length + sequence);
@@ -261,11 +262,11 @@ DSV4_D void attend(const AttentionParams& p) {
   // The pick of the tile after `tile`, and its entry.
   const auto next_pick = [&](int tile) {
     return kParts > 1 ? load_pick(p, Part(p, token, first + 1), row, key)
-                      : load_pick(p, part_anew(p, rank), row, (tile + 1) * kTileKeys + key);
+                      : load_pick(p, part_anew(p, place), row, (tile + 1) * kTileKeys + key);
   };
   const auto next_entry = [&](int tile) {
     return kParts > 1 ? locate(p, part_anew(p, first + 1), sequence, key, pick)
-                      : locate(p, part_anew(p, rank), sequence, (tile + 1) * kTileKeys + key, pick);
+                      : locate(p, part_anew(p, place), sequence, (tile + 1) * kTileKeys + key, pick);
   };
   __syncthreads();
   uint2 scales = {};
