@@ -71,9 +71,9 @@ def changed(module, **values):
 INPUT_OF = {"bf16": lambda x: x, "fp8": ops.quantize_fp8, "mxfp4": ops.quantize_fp8, "nvfp4": ops.quantize_nvfp4_rows}
 # name: format of the weight, how the input is given, R, N, K
 LINEAR = {
-    "bf16": ("bf16", "given", 2, 48, 384), "fp8": ("fp8", "raw", 2, 48, 768), "fp8 given": ("fp8", "given", 3, 32, 512), "mxfp4": ("mxfp4", "raw", 2, 48, 1024),
+    "bf16": ("bf16", "given", 2, 48, 384), "fp8": ("fp8", "raw", 2, 48, 1024), "fp8 given": ("fp8", "given", 3, 32, 512), "mxfp4": ("mxfp4", "raw", 2, 48, 1024),
     "nvfp4": ("nvfp4", "raw", 2, 48, 1024), "nvfp4 given": ("nvfp4", "given", 2, 80, 1024), "fp8 plain": ("fp8", "plain", 2, 32, 512),
-    "ragged bf16": ("bf16", "given", 3, 19, 72), "ragged fp8": ("fp8", "raw", 3, 40, 208), "ragged mxfp4": ("mxfp4", "raw", 2, 40, 128),
+    "ragged bf16": ("bf16", "given", 3, 19, 72), "ragged fp8": ("fp8", "raw", 3, 40, 304), "ragged mxfp4": ("mxfp4", "raw", 2, 40, 128),
     "ragged nvfp4": ("nvfp4", "raw", 9, 40, 320), "ragged mxfp4 plain": ("mxfp4", "plain", 2, 19, 256), "ragged nvfp4 given": ("nvfp4", "given", 2, 19, 64),
 }  # fmt: skip
 

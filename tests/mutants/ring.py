@@ -15,7 +15,7 @@ MUTANTS = [
         ("no group where nothing was copied", "    copy_async_commit();  // also when empty", "    if (unit < units) copy_async_commit();  // also when empty", "linear nvfp4"),
         ("scales of NVFP4 of the wrong unit", "scale += step * 32;", "scale += step * 16;", "linear nvfp4 alone"),
         ("scales of MXFP4 of the wrong unit", "scale += step * 16;", "scale += step * 8;", "linear mxfp4 alone"),
-        ("half of a word of FP8 scales", "~uint64_t(3)), 4);", "~uint64_t(3)), 2);", "linear fp8"),
+        ("one byte of a word of FP8 scales", "~uint64_t(3)), 4);", "~uint64_t(3)), 1);", "linear fp8"),
         ("an FP8 scale at the end of its word", "<< (8 * (byte & 3)) : 0", "<< 24 : 0", "linear ragged fp8"),
         ("FP8 scales behind the end of their row", "unit * 2 + id < scale_bytes ? uint32_t(*scale)", "true ? uint32_t(*scale)", "linear ragged fp8"),
         ("every warp of a team reads the first unit", "(id >> 3) * w.row_bytes + unit * kUnit + (id & 7) * 16", "(id >> 3) * w.row_bytes + (id & 7) * 16", "linear nvfp4"),
