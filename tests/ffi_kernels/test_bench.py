@@ -45,7 +45,8 @@ def test_each_case_is_one_chain_of_all_its_launches(native_cases):
         many, state, step = chained(case, inputs)
         text = jax.jit(step).lower(many, state).as_text()
         found = [int(n) for n in re.findall(r"custom_call @dsv4\..*?\blaunches = (\d+)", text)]
-        assert launches == (2 if case.op == "experts" or "route_tokens learned" in case.name else 1), case.name
+        two = case.op == "experts" or any(name in case.name for name in ("route_tokens learned", "decode attention hca 1M"))
+        assert launches == (2 if two else 1), case.name
         in_place = bool(state[0])
         assert in_place == (case.op in ("compress_append", "attention_inputs_and_compress", "commit_rows")), case.name
         assert found == ([COPIES] * ROUNDS if in_place else [COPIES * ROUNDS * launches]), case.name
@@ -125,7 +126,8 @@ def test_figures_are_of_the_chain(quick, monkeypatch):
 
 def test_times_on_the_interpreter(quick):
     row = bench.time_case(NORM, "sim")
-    assert row["time_us"] > 0 and row["alone_us"] > 0 and row["time_us"] != row["alone_us"] and row["xla_us"] > 0
+    times = [row[name] for name in ("time_us", "alone_us", "xla_us")]  # differences of times: of so little work on a busy machine, of any sign
+    assert np.isfinite(times).all() and len(set(times)) == 3
 
 
 def test_what_is_not_ours_has_one_time(quick):
