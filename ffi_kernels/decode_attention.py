@@ -96,7 +96,6 @@ def _scale_bytes(channels: int, rope: int) -> int:
 
 def parts_of(keys: int) -> tuple[int, int]:
     """How the keys of one token are divided: clusters of CTAs, and parts of each. By the capacity of a sequence, never by the batch."""
-
     parts = min(8, 1 << max(0, math.ceil(keys / _TILE) - 1).bit_length())
     return min(_CLUSTERS, max(1, math.ceil(keys / _CLUSTER_KEYS))), parts
 

@@ -23,7 +23,7 @@ _launched: set[str] = set()  # names of kernels
 
 def install() -> None:
     """Puts this in the place of XLA's custom calls in this process; the default device counts as a GPU of the driver."""
-    jax.config.update("jax_platforms", "cpu")  # its environment variable is too late where a plugin of pytest has imported JAX
+    jax.config.update("jax_platforms", "cpu")  # JAX_PLATFORMS would be too late where a plugin of pytest has imported JAX
     arch = _arch()
     library.of_device = lambda: arch
     by_xla = jax.ffi.ffi_call

@@ -3,8 +3,8 @@
 The tests run as `pytest --by-driver device` (driver_launches.py) in several processes. One that dies is replaced, and the test it died in
 is named; the others go on. Prints, and writes into OUT/summary.txt, how many tests and which share of the kernels in this build each
 tool has seen, and what was wrong; the reports of a tool, and the output of processes that died, are in OUT/<tool>.txt. Exit code 0
-only if all tests passed under all tools without a report. Racecheck, which takes minutes for a kernel at the sizes of a model, leaves
-out the tests of those. The first case of each test comes first, then the second, so that a run that is cut short has seen most kernels.
+only if all tests passed under all tools without a report. Racecheck, which takes half a minute for a test at the sizes of a model,
+leaves those out. The first case of each test comes first, then the second, so that a run that is cut short has seen most kernels.
 
 A process that gets no context, as when others hold the memory, tries again.
 """

@@ -1,5 +1,5 @@
 // Attention of 1..4 new tokens per sequence over the window and the chosen compressed entries, from a query to the
-// rotated-back output, in one launch. Contract: ffi_kernels/decode_attention.py.
+// rotated-back output. Contract: ffi_kernels/decode_attention.py.
 //
 // The keys of a token are divided into parts, each with an online softmax of its own; a CTA takes one of them, or four, for a group of
 // heads, and those of a cluster of C CTAs are merged by distributed shared memory. Many keys have several clusters, and a second
