@@ -22,15 +22,16 @@ from ffi_kernels.tensor import KV_BLOCK, FP8KVCache
 _TILE, _PITCH, _SLICE = 80, 88, 64
 _MAX_CHANNELS = 512
 # Clusters that share the keys of a token at most, and keys of one: two tiles to a CTA. 7 for each half of 64 heads run at once.
-_CLUSTERS, _CLUSTER_KEYS = 7, 8 * 2 * _TILE
+_CLUSTERS, _CLUSTER_KEYS = 7, 8 * 2 * _TILE  # kMaxClusters of attention_join.cuh
 _TEAM_CHANNELS = 256  # from which on half of a CTA has a thread for each entry
 # CTAs that run at once on an H200, by the size of a cluster: one per SM, but its GPCs do not all divide by 4 and more. Measured for
 # 8, guessed for 4 from GPCs that fit it.
 _CTAS = {1: 132, 2: 132, 4: 116, 8: 112}
 # Time of a CTA, relative, measured. That takes one part and serves 16 heads, 32 heads, and each 32 heads more from entries it has
-# decoded; that takes four parts and serves 16 heads; that takes one part or two and serves 64 heads.
-_COSTS = {16: 18, 32: 25, "more": 20, "four parts": 45, 64: 25, "two parts": 33}
-_WIDE = 205056  # bytes of shared memory that sm90a/attention_64.cu divides itself, a multiple of 128
+# decoded; that takes four parts and serves 16 heads; that takes one part or two and serves 64 heads. And of a second launch.
+_COSTS = {16: 18, 32: 25, "more": 20, "four parts": 45, 64: 19, "two parts": 25, "join": 6}
+# Of sm90a/attention_64.cu: bytes of shared memory that it divides itself, a multiple of 128; numbers of the image that a CTA leaves.
+_WIDE, _IMAGE = 205056, 64 * _MAX_CHANNELS  # kImage of attention_join.cuh
 
 
 def decode_attention(
@@ -113,8 +114,8 @@ class Mapping(NamedTuple):
     parts: int  # 1; with 16 heads also 4, of which two teams of its warps take two each; with 64 also 2
 
 
-def mapping_of(rows: int, heads: int, channels: int, parts: int, fits: bool, wide: bool) -> Mapping:
-    """What needs the least time in waves of clusters, of which `rows` share the CTAs.
+def mapping_of(rows: int, heads: int, channels: int, clusters: int, parts: int, fits: bool, wide: bool) -> Mapping:
+    """What needs the least time: waves of clusters, or for 64 heads of CTAs, that `rows` tokens share, and the launch that joins them.
 
     fits: all entries of a part fit into shared memory at once, where they can wait for more heads. wide: 64 heads at a time are possible.
     """
@@ -131,8 +132,10 @@ def mapping_of(rows: int, heads: int, channels: int, parts: int, fits: bool, wid
         options[Mapping(16, 1, 4)] = _COSTS["four parts"]
 
     def time(mapping):
-        cluster = parts // mapping.parts
-        return options[mapping] * -(-rows * -(-heads // (mapping.heads * mapping.passes)) * cluster // _CTAS[cluster])
+        slots = parts // mapping.parts
+        cluster = 1 if mapping.heads == 64 else slots
+        waves = -(-rows * clusters * -(-heads // (mapping.heads * mapping.passes)) * slots // _CTAS[cluster])
+        return options[mapping] * waves + (_COSTS["join"] if mapping.heads == 64 or clusters > 1 else 0)
 
     return min(options, key=time)
 
@@ -163,8 +166,10 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
     shares = [-(-count // (clusters * parts)) for count in (size, picks, visible)]
     fits = shares[0] + shares[2] <= _TILE
     wide = fp8 and current() != "sm_100a" and (channels, rope) == (_MAX_CHANNELS, _SLICE)
-    group, passes, parts_of_cta = mapping_of(batch * tokens * clusters, heads, channels, parts, fits, wide)
-    cluster, stages, teams = parts // parts_of_cta, 1 if fits else 2, 2 if parts_of_cta == 4 else 1
+    group, passes, parts_of_cta = mapping_of(batch * tokens, heads, channels, clusters, parts, fits, wide)
+    images = group == 64  # that its CTAs leave: each for itself, without clusters
+    slots, stages, teams = parts // parts_of_cta, 1 if fits else 2, 2 if parts_of_cta == 4 else 1
+    cluster = 1 if images else slots
     stage_bytes = channels // _SLICE * _TILE * 2 * _SLICE
     sizes = {
         "entries": stages * stage_bytes, "output": group * channels * 4 if passes > 1 else 0, "rows": 2 * _TILE * 16,
@@ -172,8 +177,8 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
         "factor": group * 4, "largest": teams * group * 4, "total": teams * group * 4,  # a team takes two parts
     }  # fmt: skip
     module, kernel, threads = "attention", "teams" if teams > 1 else group, channels
-    if group == 64:
-        sizes |= {"entries": _WIDE, "rows": 0, "scores": 0, "factor": 0}
+    if images:
+        sizes |= {"entries": _WIDE, "rows": 0, "scores": 0, "factor": 0, "largest": 0, "total": 0}
         module, kernel, threads = "attention_64", f"64_{parts_of_cta}", 256
     *offsets, used = itertools.accumulate(sizes.values())
     if passes == 1:
@@ -181,17 +186,18 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
     team_bytes = -(-used // 256) * 256
     angles = teams * team_bytes
     sinks = angles + rope * 4
-    def result(last: int, dtype):
-        return jax.ShapeDtypeStruct((batch, tokens, clusters, heads, last), dtype)
-
     finished = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, tokens, heads), jnp.float32) if return_lse else None]
-    partial = [result(channels, jnp.float32), result(2, jnp.float32)]
+    groups = -(-heads // (group * passes))
+    of_row = (clusters, slots, groups) if images else (clusters, heads)
+    sizes_left = (_IMAGE, group * 2) if images else (channels, 2)
+    partial = [jax.ShapeDtypeStruct((batch, tokens, *of_row, size), jnp.float32) for size in sizes_left]
+    joins = images or clusters > 1
     out, lse, *left = launch(
         "decode_attention", module, f"decode_attention_{'fp8' if fp8 else 'bf16'}_{kernel}",
-        grid=(clusters * cluster, -(-heads // (group * passes)), batch * tokens), block=threads, cluster=(cluster, 1, 1),
+        grid=(clusters * slots, groups, batch * tokens), block=threads, cluster=(cluster, 1, 1),
         shared_bytes=sinks + group * passes * 4,
         inputs=[q, *arrays(window), *arrays(fresh), *arrays(compressed), picked, sink, start, length, cos, sin],
-        outputs=[*finished, None, None] if clusters == 1 else [None, None, *partial],
+        outputs=[None, None, *partial] if joins else [*finished, None, None],
         scalars=[
             tokens, heads, channels, rope, size, entries, picks, max(ratio, 1).bit_length() - 1, clusters * parts,
             _inverse(tokens), _inverse(clusters * parts), cluster.bit_length() - 1,
@@ -200,9 +206,11 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
             channels**-0.5 / math.log(2),
         ],
     )  # fmt: skip
-    if clusters > 1:
+    if joins:
+        kernel = "decode_attention_join" + ("_64" if images else "") + ("_clusters" if images and clusters > 1 else "")
         out, lse = launch(
-            "decode_attention", "attention", "decode_attention_join", grid=(heads, tokens, batch), block=channels // 4,
-            inputs=[*left, sink, length, cos, sin], outputs=finished, scalars=[heads, channels, rope, clusters],
+            "decode_attention", module, kernel, grid=(heads, tokens, batch), block=channels // 4,
+            inputs=[*left, sink, length, cos, sin], outputs=finished,
+            scalars=[heads, channels, rope, clusters, *([slots, parts_of_cta] if images else [])],
         )  # fmt: skip
     return (out, lse) if return_lse else out

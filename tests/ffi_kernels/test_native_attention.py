@@ -199,7 +199,7 @@ def test_refusals(backend, change, sentence):
         ops.decode_attention(*arguments, ratio=4)
 
 
-@pytest.mark.parametrize("parts", [(1, 4), (1, 8), (3, 4)], ids=lambda parts: "x".join(map(str, parts)))
+@pytest.mark.parametrize("parts", [(1, 1), (1, 4), (1, 8), (2, 2), (3, 4)], ids=lambda parts: "x".join(map(str, parts)))
 @pytest.mark.parametrize("kind, form", [("window", "fp8"), ("csa", "fp8"), ("csa", "bf16"), ("hca", "fp8")])
 @pytest.mark.parametrize("model", ["odd", "wide", "flash"], indirect=True)
 def test_bits_do_not_depend_on_the_mapping(model, kind, form, parts, monkeypatch):
@@ -209,10 +209,10 @@ def test_bits_do_not_depend_on_the_mapping(model, kind, form, parts, monkeypatch
     monkeypatch.setattr(module, "parts_of", lambda keys: parts)
     for shape in ((16, 1, 1), (32, 1, 1), (32, 2, 1), (16, 1, 4), (64, 1, 1), (64, 1, 2)):
 
-        def mapping_of(rows, heads, channels, parts, fits, wide, shape=shape):
+        def mapping_of(rows, heads, channels, clusters, parts, fits, wide, shape=shape):
             if shape[0] == 64 and not wide:
                 shape = (32, 1, 1)
-            return module.Mapping(*(shape if fits else (shape[0], 1, 1)))
+            return module.Mapping(*(shape if fits and shape[2] <= parts else (shape[0], 1, 1)))
 
         monkeypatch.setattr(module, "mapping_of", mapping_of)
         results.append((native if results or parts[0] == 1 else compare)(kind, arguments))  # one cluster: test_values

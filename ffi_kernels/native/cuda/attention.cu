@@ -3,7 +3,7 @@
 //
 // The keys of a token are divided into parts, each with an online softmax of its own; a CTA takes one of them, or four, for a group of
 // heads, and those of a cluster of C CTAs are merged by distributed shared memory. Many keys have several clusters, and a second
-// launch, decode_attention_join, adds up what these leave. Grid (C clusters, head groups, B T), cluster (C, 1, 1).
+// launch, decode_attention_join, adds up what these leave (attention_join.cuh). Grid (C clusters, head groups, B T), cluster (C, 1, 1).
 // For each tile of 80 keys:
 //   product with K   a pair of slices (128 channels) has kSplit warps of a team, which take groups of 8 keys in turn: stored bytes
 //                    -> bf16 fragments in registers -> partial scores; the bf16 entries stay in shared memory
@@ -12,6 +12,7 @@
 // A CTA may serve several groups of heads in turn; entries that fit in one tile are then decoded once.
 // Each token and head goes through the same sums in the same order whatever else is in the launch, in every mapping: parts
 // are joined in pairs of neighbours, and the pairs added in order.
+#include "attention_join.cuh"
 #include "attention_tile.cuh"
 #include "dependent.cuh"
 
@@ -165,53 +166,6 @@ DSV4_D void attend_in_teams(const AttentionParams& p) {
   cluster_sync();
   merge<heads, 2>(p, row, first_head, 0, rank_of(p));
   cluster_wait();  // nobody ends while others read from it
-}
-
-struct JoinParams {
-  const float* partial;          // of AttentionParams
-  const float2* partial_softmax;
-  const float* sink;             // [H]
-  const int32_t* length;         // [B]
-  const float* cos;              // [B, T, R/2]
-  const float* sin;              // [B, T, R/2]
-  uint16_t* out;                 // bf16 [B, T, H, K]
-  float* lse;                    // [B, T, H] or null
-  int32_t heads, channels, rope, clusters;
-};
-constexpr int kMaxClusters = 7;  // _CLUSTERS in decode_attention.py
-
-// What the clusters have left, relative to the largest score of all, added in order. Grid (H, T, B), a thread to 4 channels.
-DSV4_D void join_clusters(const JoinParams& p) {
-  const int row = blockIdx.z * gridDim.y + blockIdx.y, channel = 4 * threadIdx.x;
-  const size_t to = size_t(row) * p.heads + blockIdx.x;
-  uint2* const out = reinterpret_cast<uint2*>(p.out + to * p.channels + channel);
-  if (int(blockIdx.y) >= p.length[blockIdx.z]) {
-    *out = {};
-    if (p.lse != nullptr && channel == 0) p.lse[to] = -infinity();
-    return;
-  }
-  float4 outs[kMaxClusters];
-  float2 softmax[kMaxClusters];
-#pragma unroll
-  for (int i = 0; i < kMaxClusters; ++i) {
-    const size_t from = (size_t(row) * p.clusters + min(i, p.clusters - 1)) * p.heads + blockIdx.x;
-    outs[i] = *reinterpret_cast<const float4*>(p.partial + from * p.channels + channel);
-    softmax[i] = i < p.clusters ? p.partial_softmax[from] : float2{-infinity(), 0.0f};
-  }
-  float most = softmax[0].x, total = 0.0f;
-#pragma unroll
-  for (int i = 1; i < kMaxClusters; ++i) most = fmaxf(most, softmax[i].x);
-  float4 sum = {};
-#pragma unroll
-  for (int i = 0; i < kMaxClusters; ++i) {
-    if (i >= p.clusters) break;
-    const float factor = rescale(softmax[i].x, most);
-    total = fmaf(factor, softmax[i].y, total);
-    sum.x = fmaf(factor, outs[i].x, sum.x), sum.y = fmaf(factor, outs[i].y, sum.y);
-    sum.z = fmaf(factor, outs[i].z, sum.z), sum.w = fmaf(factor, outs[i].w, sum.w);
-  }
-  const size_t angles = size_t(row) * (p.rope / 2);
-  finish(p, to, channel, sum, most, total, p.sink[blockIdx.x], p.cos + angles, p.sin + angles);
 }
 
 }  // namespace

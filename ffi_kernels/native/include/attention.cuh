@@ -34,7 +34,7 @@ struct AttentionParams {
   const float* sin;                   // [B, T, R/2]
   uint16_t* out;                      // bf16 [B, T, H, K]
   float* lse;                         // [B, T, H] or null
-  float* partial;                     // where several clusters share the keys, else null: sums [B, T, clusters, H, K]
+  float* partial;                     // where several clusters share the keys, else null: sums [B, T, clusters, H, K]; see attention_join.cuh
   float2* partial_softmax;            // [B, T, clusters, H]: largest score in log2 units, sum of the weights relative to it
   int32_t tokens, heads, channels, rope, window_size, entries, picks;  // T, H, K, R, W, C, X
   int32_t ratio_log2, parts;          // parts share the keys of one token
@@ -55,6 +55,28 @@ struct AttentionParams {
   int32_t angles, sinks;              // fp32 [R]: cosines, then sines; [passes][heads]
   float score_scale;                  // K**-0.5 * log2(e): exponentials are taken to base 2
 };
+
+// Loads that the compiler does not move behind a branch.
+DSV4_D int load_now(const int32_t* from) {
+  int value;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(from));
+  return value;
+}
+DSV4_D float load_now(const float* from) {
+  float value;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(from));
+  return value;
+}
+DSV4_D float2 load_now(const float2* from) {
+  float2 value;
+  asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "l"(from));
+  return value;
+}
+DSV4_D float4 load_now(const float4* from) {
+  float4 value;
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w) : "l"(from));
+  return value;
+}
 
 // n / divisor, from 2**32 / divisor rounded up. Exact while n * divisor < 2**32.
 DSV4_D int divided(int n, int divisor, uint32_t inverse) { return divisor == 1 ? n : int(__umulhi(uint32_t(n), inverse)); }

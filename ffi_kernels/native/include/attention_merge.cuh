@@ -48,73 +48,113 @@ struct Join {
 
 DSV4_D float join(float a, float a_factor, float b, float b_factor) { return __fadd_rn(__fmul_rn(a, a_factor), __fmul_rn(b, b_factor)); }
 
-// Sum over the parts, joined in pairs and then in order, of their outputs at `from`, times what brings them to the largest score
-// of all. `largest` and `total` lie beside: those of all parts come back. Each of the slots, of which a CTA has one for each
-// team, holds a part, or where there are teams the pair that one took.
+// The softmax of the slots of which the outputs are added up. A slot is a part, and parts are joined in pairs of neighbours first
+// (kPair 2), or it is a pair that somebody has joined (kPair 1). Lanes share them out: lane i has slot i % kSlots.
+template <int kPair, int kSlots>
+struct Slots {
+  float most, total;  // of all
+  float own, factor;  // what brings the lane's slot to the largest score of its pair, and this pair to that of all
+
+  DSV4_D Slots(float largest, float total_of_slot) : total(total_of_slot), own(1.0f) {
+    if (kPair == 2) {
+      const Join both(largest, __shfl_xor_sync(kAll, largest, 1));
+      total = both.total(total, __shfl_xor_sync(kAll, total, 1));
+      own = both.own, largest = both.largest;
+    }
+    most = largest;
+#pragma unroll
+    for (int offset = kSlots / 2; offset >= kPair; offset /= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, offset));
+    factor = rescale(largest, most);
+    total = __fmul_rn(total, factor);
+#pragma unroll
+    for (int offset = kSlots / 2; offset >= kPair; offset /= 2) total += __shfl_xor_sync(kAll, total, offset);
+  }
+
+  // sum += outputs of the slots from `first` on, in order.
+  template <int kCount>
+  DSV4_D void add(int first, const float4 (&outs)[kCount], float4& sum) const {
+#pragma unroll
+    for (int i = 0; i < kCount; i += kPair) {
+      float4 x = outs[i];
+      if (kPair == 2) {
+        const float4 y = outs[i + 1];
+        const float a = __shfl_sync(kAll, own, first + i), b = __shfl_sync(kAll, own, first + i + 1);
+        x = {join(x.x, a, y.x, b), join(x.y, a, y.y, b), join(x.z, a, y.z, b), join(x.w, a, y.w, b)};
+      }
+      const float weight = __shfl_sync(kAll, factor, first + i);
+      sum.x = fmaf(weight, x.x, sum.x), sum.y = fmaf(weight, x.y, sum.y);
+      sum.z = fmaf(weight, x.z, sum.z), sum.w = fmaf(weight, x.w, sum.w);
+    }
+  }
+};
+
+// Sum over the slots of the cluster, of which a CTA has one for each team, of their outputs at `from`. `largest` and `total` lie
+// beside: those of all come back. A team has joined the two parts that it took.
 template <int kTeams, int kSlots>
 DSV4_D float4 sum_slots(const AttentionParams& p, uint32_t from, uint32_t largest_at, uint32_t total_at, float& most, float& total) {
-  constexpr bool joins = kTeams == 1 && kSlots > 1;
-  constexpr int kPairs = joins ? kSlots / 2 : kSlots, kAtOnce = kSlots < 8 ? kSlots : 8;
-  const uint32_t slot = lane_id() % kSlots, beside = slot % kTeams * p.team_bytes;  // lanes share out the statistics
-  float largest = load_peer(peer_address(largest_at + beside, slot / kTeams)), own = 0.0f, other = 0.0f;
-  total = load_peer(peer_address(total_at + beside, slot / kTeams));
-  if (joins) {
-    const Join both(largest, __shfl_xor_sync(kAll, largest, 1));
-    total = both.total(total, __shfl_xor_sync(kAll, total, 1));
-    own = both.own, other = both.other;
-    largest = __shfl_sync(kAll, both.largest, lane_id() % kPairs * 2);
-    total = __shfl_sync(kAll, total, lane_id() % kPairs * 2);
-  }
-  most = largest;
-#pragma unroll
-  for (int offset = kPairs / 2; offset; offset /= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, offset));
-  const float factor = rescale(largest, most);
-  total = warp_sum<kPairs>(total * factor);
+  constexpr int kAtOnce = kSlots < 8 ? kSlots : 8;
+  const uint32_t slot = lane_id() % kSlots, beside = slot % kTeams * p.team_bytes;
+  const float largest = load_peer(peer_address(largest_at + beside, slot / kTeams));
+  const Slots<(kTeams == 1 && kSlots > 1 ? 2 : 1), kSlots> slots(largest, load_peer(peer_address(total_at + beside, slot / kTeams)));
+  most = slots.most, total = slots.total;
   float4 sum = {};
 #pragma unroll
   for (int first = 0; first < kSlots; first += kAtOnce) {
     float4 outs[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) outs[i] = load_peer4(peer_address(from + (first + i) % kTeams * p.team_bytes, (first + i) / kTeams));
-#pragma unroll
-    for (int i = 0; i < kAtOnce; i += joins ? 2 : 1) {
-      float4 x = outs[i];
-      if (joins) {
-        const float4 y = outs[i + 1];
-        const float a = __shfl_sync(kAll, own, first + i), b = __shfl_sync(kAll, other, first + i);
-        x = {join(x.x, a, y.x, b), join(x.y, a, y.y, b), join(x.z, a, y.z, b), join(x.w, a, y.w, b)};
-      }
-      const float weight = __shfl_sync(kAll, factor, joins ? (first + i) / 2 : first + i);
-      sum.x = fmaf(weight, x.x, sum.x), sum.y = fmaf(weight, x.y, sum.y);
-      sum.z = fmaf(weight, x.z, sum.z), sum.w = fmaf(weight, x.w, sum.w);
-    }
+    slots.add(first, outs, sum);
   }
   return sum;
 }
 
-// Four channels of head and row `to` from the sum over all parts: divides, rotates back, stores.
-template <class Params>
-DSV4_D void finish(const Params& p, size_t to, int channel, const float4& sum, float most, float total, float sink, const float* cos, const float* sin) {
-  if (p.lse != nullptr && channel == 0) p.lse[to] = base_of(most) * kLn2 + logf(total);
-  total += exp2(sink * kLog2e - base_of(most));
-  const float inverse = 1.0f / (total == 0.0f ? 1.0f : total);
-  float x[4] = {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse};
+// Of the two pairs of channels that a thread finishes, from `channel` and from kSecond further on.
+struct Angles {
+  float cos[2], sin[2];
+};
+
+template <int kSecond = 2, class Params>
+DSV4_D Angles angles_of(const Params& p, int channel, const float* cos, const float* sin) {
+  Angles found = {};
 #pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const int turned = channel + i - (p.channels - p.rope);
-    if (turned < 0) continue;
-    const float a = round_bf16(x[i]), b = round_bf16(x[i + 1]);
-    x[i] = a * cos[turned / 2] + b * sin[turned / 2];
-    x[i + 1] = b * cos[turned / 2] - a * sin[turned / 2];
+  for (int i = 0; i < 2; ++i) {
+    const int turned = channel + i * kSecond - (p.channels - p.rope);
+    if (turned >= 0) found.cos[i] = cos[turned / 2], found.sin[i] = sin[turned / 2];
   }
-  *reinterpret_cast<uint2*>(p.out + to * p.channels + channel) = {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3])};
+  return found;
+}
+
+// Two pairs of channels of head and row `to` from the sum over all parts: divides, rotates back, stores. Roundings are spelt out,
+// because several kernels do the same.
+template <int kSecond = 2, class Params>
+DSV4_D void finish(const Params& p, size_t to, int channel, const float4& sum, float most, float total, float sink, const Angles& angles) {
+  if (p.lse != nullptr && channel == 0) p.lse[to] = fmaf(base_of(most), kLn2, logf(total));
+  total += exp2(fmaf(sink, kLog2e, -base_of(most)));
+  const float inverse = 1.0f / (total == 0.0f ? 1.0f : total);
+  const float x[4] = {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse};
+  uint32_t pairs[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    pairs[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+    if (channel + i * kSecond < p.channels - p.rope) continue;
+    const float a = round_bf16(x[2 * i]), b = round_bf16(x[2 * i + 1]), cos = angles.cos[i], sin = angles.sin[i];
+    pairs[i] = pack_bf16(fmaf(a, cos, __fmul_rn(b, sin)), fmaf(b, cos, -__fmul_rn(a, sin)));
+  }
+  uint16_t* const out = p.out + to * p.channels + channel;
+  if constexpr (kSecond == 2) {
+    *reinterpret_cast<uint2*>(out) = {pairs[0], pairs[1]};
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) *reinterpret_cast<uint32_t*>(out + i * kSecond) = pairs[i];
+  }
 }
 
 // The same from the sum over the parts of this cluster, if there are no others; else leaves it for them. `sink` counts the CTA's heads.
 DSV4_D void leave(const AttentionParams& p, int row, int head, int channel, const float4& sum, float most, float total, int sink) {
   if (p.partial == nullptr) {
     const float* cos = &in_shared<float>(p.angles);
-    return finish(p, size_t(row) * p.heads + head, channel, sum, most, total, in_shared<float>(p.sinks + 4 * sink), cos, cos + p.rope / 2);
+    const Angles angles = angles_of(p, channel, cos, cos + p.rope / 2);
+    return finish(p, size_t(row) * p.heads + head, channel, sum, most, total, in_shared<float>(p.sinks + 4 * sink), angles);
   }
   const size_t to = (size_t(row) * (gridDim.x >> p.cluster_log2) + (blockIdx.x >> p.cluster_log2)) * p.heads + head;
   *reinterpret_cast<float4*>(p.partial + to * p.channels + channel) = sum;

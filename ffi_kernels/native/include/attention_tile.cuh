@@ -6,13 +6,6 @@
 
 namespace dsv4 {
 
-// A load that the compiler does not move behind a branch.
-DSV4_D int load_now(const int32_t* from) {
-  int value;
-  asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(from));
-  return value;
-}
-
 DSV4_D void copy_async_4(uint32_t shared_address, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address), "l"(from) : "memory");
 }

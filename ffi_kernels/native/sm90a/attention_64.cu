@@ -1,13 +1,15 @@
 // Sparse decode attention for 64 heads at a time, on wgmma: the mapping of many sequences of cuda/attention.cu, to whose results it
 // is equal bit for bit. Here an entry is decoded once for all heads. 512 channels, the FP8 cache.
 //
-// A CTA of two warpgroups has one part of the keys, or two that fit in a tile each. For each tile of 80 keys:
+// A CTA of two warpgroups has one part of the keys, or two that fit in a tile each. It leaves its output in device memory, and a second
+// launch, decode_attention_join_64, adds up those of a token: a cluster would do it while its tensor cores wait. Grid (CTAs of a
+// token, groups of 64 heads, B T). For each tile of 80 keys:
 //   copies           one bulk copy to an entry, by the thread that has located it; a warp has 10 keys
 //   decode           warp w slice w, 8 keys at a time -> bf16 [slice][key][64 channels] for both products; `store_row`: the order
 //   product with K   a warpgroup has 40 keys; partial scores over 128 channels each, added in order
 //   softmax          in the registers of the product
 //   product with V   a warpgroup has 256 channels and all keys
-#include "attention_64_merge.cuh"
+#include "attention_join.cuh"
 #include "attention_tile.cuh"
 #include "dependent.cuh"
 #include "mbarrier.cuh"
@@ -17,11 +19,12 @@
 namespace dsv4 {
 namespace {
 
-constexpr int kSlices = kChannels / kSlice, kEntryBytes = 576;
+constexpr int kThreads = 256, kSlices = kChannels / kSlice, kEntryBytes = 576;
 constexpr int kGroups = kTileKeys / 8, kLocated = kTileKeys / 8;  // groups of 8 keys; keys that a warp locates
 constexpr int kKeys = kTileKeys / 2;                              // of a warpgroup in the product with K
 constexpr uint32_t kQuerySlice = kHeads * kRowBytes;
-// Offsets in shared memory, before those of AttentionParams (_WIDE in decode_attention.py); the output takes the place of the first two.
+// Offsets in shared memory, before those of AttentionParams (_WIDE in decode_attention.py). The output takes the place of the first two:
+// its first half that of the queries.
 constexpr uint32_t kQueries = 0, kEntries = kSlices * kQuerySlice, kRaw = kEntries + kSlices * kSliceBytes;
 constexpr uint32_t kScales = kRaw + kTileKeys * kEntryBytes, kBarrier = kScales + 8 * kTileKeys;
 constexpr uint32_t kPresent = kBarrier + 16;          // bool [keys]
@@ -57,7 +60,7 @@ DSV4_D uint2 copy_entry(const Entry& entry, int key) {
 }
 
 // Channels 16 c .. 16 c + 15 of a row of a slice, g being its number modulo 8: k step j of the products with K has channels
-// 16 c + 4 j .. + 3 of all c, as in cuda/attention.cu, so these four stand at 16 j + 4 c (and come back in `merge_slots`). Rows that
+// 16 c + 4 j .. + 3 of all c, as in cuda/attention.cu, so these four stand at 16 j + 4 c (and come back in `join_slots`). Rows that
 // are odd begin with the second half of the steps, which `words` has in front: no bank conflicts.
 DSV4_D void store_row(uint32_t row, int g, int c, const uint32_t (&words)[8]) {
   const uint32_t at = row + (((c >> 1) ^ g ^ (4 * (g & 1))) * 16) + (c & 1) * 8;
@@ -224,33 +227,35 @@ struct Weights {  // of all keys of a tile, as fragments
   }
 };
 
-// Leaves the output for the merge, channels in the order of their places.
-DSV4_D void store_output(const AttentionParams& p, const Wide& role, const float (&out)[2][64]) {
-  const int place = role.half * (kChannels / 2) + (2 * role.c & ~3);
-  const uint32_t to = p.output + output_at<kHeads, 4>(role.head, place) + (2 * role.c & 2) * 4;
+// Leaves half h of the warpgroup's channels in the CTA's image (attention_join.cuh), by a bulk copy of what the warp has.
+DSV4_D void store_output(const Wide& role, float* image, int h, const float (&out)[64]) {
+  const int first = ((2 * h + role.half) * kHeads + role.warp % 4 * 16) * kBlock;
+  const uint32_t to = 4 * (first + role.g * kBlock) + 16 * (role.c ^ (4 * (role.g & 1)));
 #pragma unroll
-  for (int n = 0; n < 32; ++n)
+  for (int m = 0; m < 8; ++m)
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      in_shared<float2>((to ^ (32 * (n % 4))) + (n / 4 * kHeads + 8 * i) * 128) = {
-          out[n / 16][n % 16 * 4 + 2 * i], out[n / 16][n % 16 * 4 + 2 * i + 1]};
+    for (int i = 0; i < 2; ++i) {
+      const int n = 8 * m + 2 * i;
+      in_shared<float4>((to ^ (64 * m)) + 8 * i * kBlock * 4) = {out[n], out[n + 1], out[n + 4], out[n + 5]};
+    }
+  fence_async();
+  __syncwarp();
+  if (role.lane == 0) store_bulk(image + first, address_in_shared(4 * first), 16 * kBlock * 4), commit_stores();
 }
 
 template <int kParts>
 DSV4_D void attend(const AttentionParams& p) {
   const Wide role;
-  const int row = blockIdx.z, place = blockIdx.x, rank = rank_of(p), first_head = int(blockIdx.y) * kHeads, first = kParts * place;
+  const int row = blockIdx.z, place = blockIdx.x, first_head = int(blockIdx.y) * kHeads, first = kParts * place;
   const Token of_row(p, row);
   const int sequence = of_row.sequence, token = of_row.number;
   const bool mine = role.lane < kLocated;  // this thread has an entry of each tile
   const int key = role.warp * kLocated + role.lane;
   const int start = load_now(p.start + sequence), length = load_now(p.length + sequence);
   int pick = mine ? load_pick(p, Part(p, token, first), row, key) : -1;
-  if (token >= length) return store_nothing<kHeads>(p, row, rank);
+  if (token >= length) return;  // decode_attention_join_64 does it
   Queries queries;
   queries.load(p, role, row, first_head);
-  load_constants(p, row, kHeads);
-  copy_async_commit();
   if (role.thread == 0) {
     mbarrier_init(address_in_shared(kBarrier), kTileKeys);
     mbarrier_init_fence();
@@ -275,6 +280,8 @@ DSV4_D void attend(const AttentionParams& p) {
   float out[2][64] = {};
   Softmax softmax, one;  // of this part; of the first of two
   softmax.begin();
+  const size_t left = (size_t(row) * gridDim.x + place) * gridDim.y + blockIdx.y;  // number of the image
+  float* const image = p.partial + left * kImage;
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     const bool more = tile + 1 < tiles;
@@ -316,6 +323,7 @@ DSV4_D void attend(const AttentionParams& p) {
         products_begin();
         weights.multiply(role, h, other);
         products_commit();
+        if (h) store_output(role, image, 0, out[0]);  // nobody reads queries any more
         products_wait<0>();
         pin(other);
 #pragma unroll
@@ -326,18 +334,13 @@ DSV4_D void attend(const AttentionParams& p) {
     }
   }
 
-  copy_async_wait<0>();
-  __syncthreads();  // the entries have been read: the output may take their place
-  store_output(p, role, out);
   if (role.half == 0 && role.c == 0)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      in_shared<float>(p.largest + 4 * (role.head + 8 * i)) = softmax.largest[i];
-      in_shared<float>(p.total + 4 * (role.head + 8 * i)) = softmax.total[i];
-    }
-  cluster_sync();
-  merge_heads<kParts>(p, row, first_head, rank);
-  cluster_wait();  // nobody ends while others read from it
+    for (int i = 0; i < 2; ++i) p.partial_softmax[left * kHeads + role.head + 8 * i] = {softmax.largest[i], softmax.total[i]};
+  __syncthreads();  // the entries have been read: the second half may take their place
+  if (kParts == 1) store_output(role, image, 0, out[0]);
+  store_output(role, image, 1, out[1]);
+  wait_stores<0>();
 }
 
 }  // namespace
@@ -350,6 +353,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) decode_attention_fp8_6
 extern "C" __global__ void __launch_bounds__(kThreads, 1) decode_attention_fp8_64_2(const __grid_constant__ AttentionParams p) {
   start_after_previous();
   attend<2>(p);
+}
+
+// What the CTAs of one cluster, or of several, have left. Few registers, where a token has little to add up and there are many CTAs.
+extern "C" __global__ void __launch_bounds__(128, 8) decode_attention_join_64(const __grid_constant__ Join64Params p) {
+  start_after_previous();
+  join_images<false>(p);
+}
+extern "C" __global__ void __launch_bounds__(128) decode_attention_join_64_clusters(const __grid_constant__ Join64Params p) {
+  start_after_previous();
+  join_images<true>(p);
 }
 
 }  // namespace dsv4
