@@ -3,18 +3,16 @@
 from mutants import of
 
 ATTENTION = "ffi_kernels/native/cuda/attention.cu"
-ENTRIES, TILE, MERGE = (f"ffi_kernels/native/include/{name}.cuh" for name in ("attention", "attention_tile", "attention_merge"))
+ENTRIES, TILE, MERGE, JOIN, WGMMA = (
+    f"ffi_kernels/native/include/{name}.cuh" for name in ("attention", "attention_tile", "attention_merge", "attention_join", "wgmma")
+)
 ATTENTION_64 = "ffi_kernels/native/sm90a/attention_64.cu"
-MERGE_64, WGMMA = (f"ffi_kernels/native/include/{name}.cuh" for name in ("attention_64_merge", "wgmma"))
-TILES, TEAMS, WIDE, PAIRS = "attention fp8 tiles", "attention fp8 teams", "attention_64 tiles", "attention_64 pairs"
+TILES, TEAMS, WIDE, PAIRS, CLUSTERS = "attention fp8 tiles", "attention fp8 teams", "attention_64 tiles", "attention_64 pairs", "attention_64 clusters"
 
 MUTANTS = [
     *of(
         ATTENTION,
-        ("clusters are added without their factors", "sum.x = fmaf(factor, outs[i].x, sum.x)", "sum.x += outs[i].x", "attention bf16 hca parts"),
-        ("the total lacks the last cluster", "total = fmaf(factor, softmax[i].y, total);", "if (i + 1 < p.clusters) total = fmaf(factor, softmax[i].y, total);", "attention bf16 hca parts"),
         ("every CTA takes the parts of the first cluster", "const int row = blockIdx.z, place = blockIdx.x, thread", "const int row = blockIdx.z, place = rank_of(p), thread", "attention bf16 hca parts"),
-        ("the joined token may not count", "if (int(blockIdx.y) >= p.length[blockIdx.z]) {", "if (false) {", "attention bf16 hca parts"),
         ("no barrier between scores and softmax", "decoded, scales);\n      __syncthreads();", "decoded, scales);", "attention fp8 csa"),
         ("no barrier between softmax and the product with V", "tile == 0, keys);\n      __syncthreads();", "tile == 0, keys);", "attention fp8 csa"),
         ("no barrier before the output takes the place of the entries", "    __syncthreads();  // the entries have been read", "    // the entries have been read", TILES),
@@ -42,8 +40,16 @@ MUTANTS = [
         ("64 heads: no barrier between weights and the product with V", "    __syncthreads();  // the weights are there", "    // the weights are there", WIDE),
         ("64 heads: no barrier between the halves' largest scores", "= most[i];\n    }\n    __syncthreads();", "= most[i];\n    }", WIDE),
         ("64 heads: no barrier before the output takes the place of the entries", "  __syncthreads();  // the entries have been read: the", "  // the entries have been read: the", WIDE),
-        ("64 heads: no barrier of the cluster before the merge", "  cluster_sync();\n  merge", "  __syncthreads();\n  merge", WIDE),
-        ("64 heads: no barrier of the cluster behind the merge", "  cluster_wait();  // nobody ends", "  // nobody ends", WIDE),
+        ("64 heads: no proxy fence before the output is copied", "  fence_async();\n  __syncwarp();", "  __syncwarp();", WIDE),
+        ("64 heads: the output is copied before all lanes have written it", "  __syncwarp();\n  if (role.lane == 0)", "  if (role.lane == 0)", WIDE),
+        ("64 heads: nobody waits for the copies of the output", "  wait_stores<0>();\n", "", WIDE),
+        ("64 heads: the output lies without the swizzle", "16 * (role.c ^ (4 * (role.g & 1)))", "16 * role.c", WIDE),
+        ("64 heads: all CTAs leave their output in one place", "(size_t(row) * gridDim.x + place) * gridDim.y", "size_t(row) * gridDim.x * gridDim.y", WIDE),
+        ("64 heads: all groups of heads leave their output in one place", "+ place) * gridDim.y + blockIdx.y;", "+ place) * gridDim.y;", WIDE),
+        ("64 heads: the softmax of half of the heads is left", "left * kHeads + role.head + 8 * i] =", "left * kHeads + role.head] =", WIDE),
+        ("64 heads: the first half of the output over entries that are being read", "store_output(role, image, 0, out[0]);  // nobody", "store_output(role, image, 1, out[0]);  // nobody", WIDE),
+        ("64 heads, pairs: the same", "store_output(role, image, 0, out[0]);  // as", "store_output(role, image, 1, out[0]);  // as", PAIRS),
+        ("64 heads: the first half of the output before the last tile, too", "} else if (kParts == 1 && !more) {", "} else if (kParts == 1) {", WIDE),
         ("64 heads: nobody waits for the copies of the entries", "    mbarrier_wait(address_in_shared(kBarrier), tile & 1);\n", "", WIDE),
         ("64 heads: the second tile waits for the copies of the first", "mbarrier_wait(address_in_shared(kBarrier), tile & 1);", "mbarrier_wait(address_in_shared(kBarrier), 0);", WIDE),
         ("64 heads: the next entries over those that are being decoded", "    float x[kKeys / 2];\n    multiply_keys", "    if (mine && more) scales = copy_entry(entry, key);\n    float x[kKeys / 2];\n    multiply_keys", WIDE),
@@ -59,18 +65,28 @@ MUTANTS = [
         ("64 heads, pairs: the totals are not joined", "softmax.total[i] = both[i].total(one.total[i], softmax.total[i]);", "softmax.total[i] = one.total[i] + softmax.total[i];", PAIRS),
     ),
     *of(
-        MERGE_64,
-        ("64 heads: all parts are read from the first CTA", "peer_address(from, first + i)", "peer_address(from, 0)", WIDE),
-        ("64 heads: the totals of one CTA for all", "p.total + counted), lane % kSlots)", "p.total + counted), 0)", WIDE),
-        ("64 heads: statistics of the first head for all", "min(head + lane / kSlots * kAtOnce, end - 1)", "head", WIDE),
-        ("64 heads: the second head has the factors of the first", "from += kSlots)", "from += 0)", WIDE),
-        ("64 heads: the next head before the last one is added up", "    float4 sum = {};\n", "    float4 sum = {};\n    if (head + kAtOnce < end) load(head + kAtOnce, 0, outs);\n", WIDE),
-        ("64 heads: two CTAs store the same heads", "(rank + 1) * kHeads / kSlots", "(rank + 2) * kHeads / kSlots", WIDE),
-        ("64 heads: channels stay in the order of their places", "channel = (place & ~63) + place % 16 * 4 + place % 64 / 16 * 4;", "channel = place;", WIDE),
+        JOIN,
+        ("clusters are added without their factors", "sum.x = fmaf(factor, out.x, sum.x)", "sum.x += out.x", "attention bf16 hca parts"),
+        ("totals of clusters are added without their factors", "total = fmaf(factor, softmax.y, total);", "total += softmax.y;", "attention bf16 hca parts"),
+        ("the last cluster is not added", "if (i >= p.clusters) break;", "if (i + 1 >= p.clusters) break;", "attention bf16 hca parts"),
+        ("the joined token may not count", "if (int(blockIdx.y) >= p.length[blockIdx.z]) {", "if (false) {", "attention bf16 hca parts"),
+        ("64 heads: the joined token may not count", "if (int(blockIdx.y) >= length) {", "if (false) {", PAIRS),
+        ("64 heads: all parts are read from the first CTA", "size_t(cluster * kSlots + i) * groups", "size_t(cluster * kSlots) * groups", WIDE),
+        ("64 heads: all clusters are read from the first one", "size_t(cluster * kSlots + i) * groups", "size_t(i) * groups", CLUSTERS),
+        ("64 heads: the softmax of one CTA for all", " + lane_id() % kSlots * groups * kHeads;", ";", WIDE),
+        ("64 heads: images of the first heads for all", "(first + head / kHeads) * kImage", "first * kImage", WIDE),
+        ("64 heads: images of the first token for all", "const size_t first = size_t(row) * p.clusters * kSlots * groups,", "const size_t first = 0,", WIDE),
+        ("64 heads: channels stay in the order of their places", "chunk / 16 * kSlice + c / 2 * 16 + chunk / 4 % 4 * 4 + c % 2 * 2", "chunk / 16 * kSlice + chunk % 16 * 2", WIDE),
+        ("64 heads: images are read without the swizzle", "chunk = lane_id() ^ (4 * (head & 1))", "chunk = lane_id()", WIDE),
+        ("64 heads: both pairs of channels turn by the angles of the first", "channel + 32 * i - (p.channels - p.rope)", "channel - (p.channels - p.rope)", WIDE),
+        ("64 heads: the angles of the first token for all", "row * (p.rope / 2) + max", "max", WIDE),
+        ("64 heads: all clusters have the softmax of the first", "load(i + 1, next), own = softmax[(i + 1) * kSlots * groups * kHeads];", "load(i + 1, next);", CLUSTERS),
+        ("64 heads: the largest score of the first cluster is that of all", "for (int i = 1; i < p.clusters; ++i) most = fmaxf(most, softmax[i * kSlots * groups * kHeads].x);", "", CLUSTERS),
+        ("64 heads: the output of the first cluster for all", "for (int k = 0; k < kSlots; ++k) outs[k] = next[k];", "", CLUSTERS),
+        ("64 heads: the second of two pairs is not added", ": join_slots<kSeveral, 1, 2>(p);", ": join_slots<kSeveral, 1, 1>(p);", PAIRS),
     ),
     *of(
         WGMMA,
-        ("64 heads: the rank of the CTA in the descriptor of a matrix", "(address & 0x3FFFF) >> 4", "address >> 4", WIDE),
         ("64 heads: sums are used before the products are done", 'asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");', 'asm volatile("" ::"n"(pending) : "memory");', WIDE),
     ),
     *of(
@@ -100,14 +116,17 @@ MUTANTS = [
     *of(
         MERGE,
         ("all parts are read from the first CTA", "(first + i) / kTeams));", "0));", TILES),
-        ("the totals of one CTA for all", "total = load_peer(peer_address(total_at + beside, slot / kTeams));", "total = load_peer(peer_address(total_at + beside, 0));", TILES),
+        ("the totals of one CTA for all", "load_peer(peer_address(total_at + beside, slot / kTeams))", "load_peer(peer_address(total_at + beside, 0))", TILES),
         ("two CTAs store the same heads", "const int end = min((rank + 1) * share", "const int end = min((rank + 2) * share", TILES),
         ("no arrival at the barrier of the cluster behind the merge", "if (local + 4 >= end) cluster_arrive();", "", TILES),
         ("the first pair of a CTA is read for both", "(first + i) % kTeams * p.team_bytes", "0", TEAMS),
         ("factors of a pair change places", "join(x.x, a, y.x, b)", "join(x.x, b, y.x, a)", TILES),
+        ("a pair keeps the largest score of one part", "own = both.own, largest = both.largest;", "own = both.own;", TILES),
+        ("totals of parts are added without their factors", "total = __fmul_rn(total, factor);", "", f"{TEAMS}, {WIDE}"),
+        ("channels that do not rotate are turned", "if (channel + i * kSecond < p.channels - p.rope) continue;", "", "attention bf16 window"),
         ("sinks of the first heads for all passes", "most, total, pass * kHeads + local", "most, total, local", "attention fp8 hca 32"),
         ("clusters of all sequences in one place", "size_t(row) * (gridDim.x >> p.cluster_log2)", "size_t(row)", "attention bf16 hca parts"),
         ("what a cluster leaves lacks the softmax of its last heads", "p.partial_softmax[to] = {most, total}", "p.partial_softmax[to] = {most, 1.0f}", "attention bf16 hca parts"),
-        ("the rotation turns the wrong channels", "const int turned = channel + i - (p.channels - p.rope);", "const int turned = channel + i - (p.channels - p.rope) + 2;", "attention bf16 window"),
+        ("the rotation turns the wrong channels", "const int turned = channel + i * kSecond - (p.channels - p.rope);", "const int turned = channel + i * kSecond - (p.channels - p.rope) + 2;", "attention bf16 window"),
     ),
 ]  # fmt: skip

@@ -304,15 +304,21 @@ DSV4_D void attend(const AttentionParams& p) {
       for (int h = 0; h < 2; ++h)
 #pragma unroll
         for (int n = 0; n < 64; ++n) out[h][n] = kParts == 1 && tile ? out[h][n] * softmax.factor[n / 2 % 2] : out[h][n];
-      pin(out[0]), pin(out[1]);
-      products_begin();
-      weights.multiply(role, 0, out[0]);
-      weights.multiply(role, 1, out[1]);
-      products_commit();
-      if (mine && more) scales = copy_entry(entry, key);
-      softmax.add(role, x);
-      products_wait<0>();
-      pin(out[0]), pin(out[1]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        pin(out[h]);
+        products_begin();
+        weights.multiply(role, h, out[h]);
+        products_commit();
+        if (h == 0) {
+          if (mine && more) scales = copy_entry(entry, key);
+          softmax.add(role, x);
+        } else if (kParts == 1 && !more) {
+          store_output(role, image, 0, out[0]);  // nobody reads queries any more
+        }
+        products_wait<0>();
+        pin(out[h]);
+      }
     } else {
       const Join both[2] = {{one.largest[0], softmax.largest[0]}, {one.largest[1], softmax.largest[1]}};
       softmax.add(role, x);
@@ -323,7 +329,7 @@ DSV4_D void attend(const AttentionParams& p) {
         products_begin();
         weights.multiply(role, h, other);
         products_commit();
-        if (h) store_output(role, image, 0, out[0]);  // nobody reads queries any more
+        if (h) store_output(role, image, 0, out[0]);  // as above
         products_wait<0>();
         pin(other);
 #pragma unroll
@@ -338,7 +344,7 @@ DSV4_D void attend(const AttentionParams& p) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) p.partial_softmax[left * kHeads + role.head + 8 * i] = {softmax.largest[i], softmax.total[i]};
   __syncthreads();  // the entries have been read: the second half may take their place
-  if (kParts == 1) store_output(role, image, 0, out[0]);
+  if (!tiles) store_output(role, image, 0, out[0]);
   store_output(role, image, 1, out[1]);
   wait_stores<0>();
 }
