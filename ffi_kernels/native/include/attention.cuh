@@ -34,7 +34,7 @@ struct AttentionParams {
   const float* sin;                   // [B, T, R/2]
   uint16_t* out;                      // bf16 [B, T, H, K]
   float* lse;                         // [B, T, H] or null
-  float* partial;                     // where several clusters share the keys, else null: sums [B, T, clusters, H, K]; see attention_join.cuh
+  float* partial;                     // what a second launch joins (of 64 heads as in attention_join.cuh), else null: sums [B, T, clusters, H, K]
   float2* partial_softmax;            // [B, T, clusters, H]: largest score in log2 units, sum of the weights relative to it
   int32_t tokens, heads, channels, rope, window_size, entries, picks;  // T, H, K, R, W, C, X
   int32_t ratio_log2, parts;          // parts share the keys of one token
