@@ -24,8 +24,8 @@ struct JoinParams {
 struct Join64Params : JoinParams {
   int32_t slots, parts;  // what each cluster has left: slots of so many parts, 1 or 2
 };
-constexpr int kMaxClusters = 7;               // _CLUSTERS in decode_attention.py
-constexpr int kHeads = 64, kChannels = 512;   // of a CTA that leaves an image
+constexpr int kMaxClusters = 7;                           // _CLUSTERS in decode_attention.py
+constexpr int kHeads = 64, kChannels = 512;               // of a CTA that leaves an image
 constexpr int kImage = kHeads * kChannels, kBlock = 128;  // numbers in an image; and in each of its rows
 
 // What clusters have left, relative to the largest score of all.
