@@ -28,8 +28,9 @@ _TEAM_CHANNELS = 256  # from which on half of a CTA has a thread for each entry
 # 8, guessed for 4 from GPCs that fit it.
 _CTAS = {1: 132, 2: 132, 4: 116, 8: 112}
 # Time of a CTA, relative, measured. That takes one part and serves 16 heads, 32 heads, and each 32 heads more from entries it has
-# decoded; that takes four parts and serves 16 heads; that takes one part or two and serves 64 heads. And of a second launch.
-_COSTS = {16: 18, 32: 25, "more": 20, "four parts": 45, 64: 19, "two parts": 25, "join": 6}
+# decoded; that takes four parts and serves 16 heads; that takes one part or two and serves 64 heads, and each further part
+# in turn; and of a second launch.
+_COSTS = {16: 18, 32: 25, "more": 20, "four parts": 45, 64: 18, "two parts": 25, "turn": 12, "join": 6}
 # Of sm90a/attention_64.cu: bytes of shared memory that it divides itself, a multiple of 128; numbers of the image that a CTA leaves.
 _WIDE, _IMAGE = 205056, 64 * _MAX_CHANNELS  # kImage of attention_join.cuh
 
@@ -112,6 +113,7 @@ class Mapping(NamedTuple):
     heads: int  # that it serves at a time
     passes: int  # how often, with the entries that it has decoded
     parts: int  # 1; with 16 heads also 4, of which two teams of its warps take two each; with 64 also 2
+    turns: int = 1  # with 64 heads and one part: how many such parts it takes one after the other
 
 
 def mapping_of(rows: int, heads: int, channels: int, clusters: int, parts: int, fits: bool, wide: bool) -> Mapping:
@@ -123,7 +125,8 @@ def mapping_of(rows: int, heads: int, channels: int, clusters: int, parts: int, 
     if heads > 16:
         options[Mapping(32, 1, 1)] = _COSTS[32]
     if wide and heads > 32:
-        options[Mapping(64, 1, 1)] = _COSTS[64]
+        for turns in (t for t in (1, 2, 4, 8) if t <= parts):
+            options[Mapping(64, 1, 1, turns)] = _COSTS[64] + _COSTS["turn"] * (turns - 1)
         if fits and parts > 1:
             options[Mapping(64, 1, 2)] = _COSTS["two parts"]
     if fits and groups > 1:
@@ -132,9 +135,8 @@ def mapping_of(rows: int, heads: int, channels: int, clusters: int, parts: int, 
         options[Mapping(16, 1, 4)] = _COSTS["four parts"]
 
     def time(mapping):
-        slots = parts // mapping.parts
-        cluster = 1 if mapping.heads == 64 else slots
-        waves = -(-rows * clusters * -(-heads // (mapping.heads * mapping.passes)) * slots // _CTAS[cluster])
+        ctas = parts // (mapping.parts * mapping.turns)
+        waves = -(-rows * clusters * -(-heads // (mapping.heads * mapping.passes)) * ctas // _CTAS[1 if mapping.heads == 64 else ctas])
         return options[mapping] * waves + (_COSTS["join"] if mapping.heads == 64 or clusters > 1 else 0)
 
     return min(options, key=time)
@@ -166,9 +168,9 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
     shares = [-(-count // (clusters * parts)) for count in (size, picks, visible)]
     fits = shares[0] + shares[2] <= _TILE
     wide = fp8 and current() != "sm_100a" and (channels, rope) == (_MAX_CHANNELS, _SLICE)
-    group, passes, parts_of_cta = mapping_of(batch * tokens, heads, channels, clusters, parts, fits, wide)
+    group, passes, parts_of_turn, turns = mapping_of(batch * tokens, heads, channels, clusters, parts, fits, wide)
     images = group == 64  # that its CTAs leave: each for itself, without clusters
-    slots, stages, teams = parts // parts_of_cta, 1 if fits else 2, 2 if parts_of_cta == 4 else 1
+    slots, stages, teams = parts // parts_of_turn, 1 if fits else 2, 2 if parts_of_turn == 4 else 1
     cluster = 1 if images else slots
     stage_bytes = channels // _SLICE * _TILE * 2 * _SLICE
     sizes = {
@@ -179,7 +181,7 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
     module, kernel, threads = "attention", "teams" if teams > 1 else group, channels
     if images:
         sizes |= {"entries": _WIDE, "rows": 0, "scores": 0, "factor": 0, "largest": 0, "total": 0}
-        module, kernel, threads = "attention_64", f"64_{parts_of_cta}", 256
+        module, kernel, threads = "attention_64", f"64_{parts_of_turn}", 256
     *offsets, used = itertools.accumulate(sizes.values())
     if passes == 1:
         offsets[0] = 0  # the output takes the place of the entries
@@ -194,7 +196,7 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
     joins = images or clusters > 1
     out, lse, *left = launch(
         "decode_attention", module, f"decode_attention_{'fp8' if fp8 else 'bf16'}_{kernel}",
-        grid=(clusters * slots, groups, batch * tokens), block=threads, cluster=(cluster, 1, 1),
+        grid=(clusters * slots // turns, groups, batch * tokens), block=threads, cluster=(cluster, 1, 1),
         shared_bytes=sinks + group * passes * 4,
         inputs=[q, *arrays(window), *arrays(fresh), *arrays(compressed), picked, sink, start, length, cos, sin],
         outputs=[None, None, *partial] if joins else [*finished, None, None],
@@ -202,7 +204,7 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
             tokens, heads, channels, rope, size, entries, picks, max(ratio, 1).bit_length() - 1, clusters * parts,
             _inverse(tokens), _inverse(clusters * parts), cluster.bit_length() - 1,
             *shares[:2], channels + rope if fp8 else 2 * channels,
-            _scale_bytes(channels, rope) if fp8 else 0, stages, stage_bytes, team_bytes, passes, *offsets, angles, sinks,
+            _scale_bytes(channels, rope) if fp8 else 0, stages, stage_bytes, team_bytes, passes, turns, *offsets, angles, sinks,
             channels**-0.5 / math.log(2),
         ],
     )  # fmt: skip
@@ -211,6 +213,6 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
         out, lse = launch(
             "decode_attention", module, kernel, grid=(heads, tokens, batch), block=channels // 4,
             inputs=[*left, sink, length, cos, sin], outputs=finished,
-            scalars=[heads, channels, rope, clusters, *([slots, parts_of_cta] if images else [])],
+            scalars=[heads, channels, rope, clusters, *([slots, parts_of_turn] if images else [])],
         )  # fmt: skip
     return (out, lse) if return_lse else out

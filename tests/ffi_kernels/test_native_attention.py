@@ -203,16 +203,18 @@ def test_refusals(backend, change, sentence):
 @pytest.mark.parametrize("kind, form", [("window", "fp8"), ("csa", "fp8"), ("csa", "bf16"), ("hca", "fp8")])
 @pytest.mark.parametrize("model", ["odd", "wide", "flash"], indirect=True)
 def test_bits_do_not_depend_on_the_mapping(model, kind, form, parts, monkeypatch):
-    """CTAs of 16 heads, of 32, and of 32 after 32; with four parts; of 64 heads, with two parts. One cluster of CTAs, and several."""
+    """CTAs of 16 heads, of 32, and of 32 after 32; with four parts; of 64 heads, with a part after the other or two at once."""
     arguments = inputs(model, kind, form, [5, 1000, 40], [1, 2, 2], 2)
     module, results = sys.modules["ffi_kernels.decode_attention"], []
     monkeypatch.setattr(module, "parts_of", lambda keys: parts)
-    for shape in ((16, 1, 1), (32, 1, 1), (32, 2, 1), (16, 1, 4), (64, 1, 1), (64, 1, 2)):
+    for shape in ((16, 1, 1), (32, 1, 1), (32, 2, 1), (16, 1, 4), (64, 1, 1), (64, 1, 1, 2), (64, 1, 2)):
 
         def mapping_of(rows, heads, channels, clusters, parts, fits, wide, shape=shape):
             if shape[0] == 64 and not wide:
                 shape = (32, 1, 1)
-            return module.Mapping(*(shape if fits and shape[2] <= parts else (shape[0], 1, 1)))
+            mapping = module.Mapping(*shape)
+            possible = mapping.parts * mapping.turns <= parts and (fits or mapping.passes == mapping.parts == 1)
+            return mapping if possible else module.Mapping(shape[0], 1, 1)
 
         monkeypatch.setattr(module, "mapping_of", mapping_of)
         results.append((native if results or parts[0] == 1 else compare)(kind, arguments))  # one cluster: test_values

@@ -45,6 +45,7 @@ struct AttentionParams {
   int32_t stages, stage_bytes;        // tiles in shared memory, 1 or 2; K / 64 * kSliceBytes
   int32_t team_bytes;                 // of shared memory, where there are two teams; all but angles and sinks is there once for each
   int32_t passes;                     // groups of heads that a CTA serves one after the other
+  int32_t turns;                      // parts that a CTA for 64 heads takes one after the other
   // Offsets in shared memory; entries lie at 0, bf16 [stages][K / 64][80 keys][64 channels], 16-byte chunk i of a row at
   // i ^ (key % 8).
   int32_t output;                     // fp32 [warps][heads][channels of a warp]; at 0 if the entries are not needed again

@@ -18,8 +18,8 @@ struct JoinParams {
   int32_t heads, channels, rope, clusters;
 };
 
-// A CTA for 64 heads leaves an image of its output, fp32 [2][2][64 heads][128]: second half of the channels of a warpgroup;
-// warpgroup; head; places in the order in which threads have them, 16-byte chunk i at i ^ 4 (head % 2). So `partial` is
+// A CTA for 64 heads leaves an image of its output, fp32 [2][2][64 heads][128]: half of the channels of a warpgroup;
+// warpgroup; head; places in the order in which threads have them. So `partial` is
 // [B, T, clusters, slots, groups of 64 heads, image], `partial_softmax` [B, T, clusters, slots, 64 groups].
 struct Join64Params : JoinParams {
   int32_t slots, parts;  // what each cluster has left: slots of so many parts, 1 or 2
@@ -78,7 +78,7 @@ DSV4_D void join_clusters(const JoinParams& p) {
 template <bool kSeveral, int kPair, int kSlots>
 DSV4_D void join_slots(const Join64Params& p) {
   const int row = blockIdx.z * gridDim.y + blockIdx.y, head = blockIdx.x, groups = (p.heads + kHeads - 1) / kHeads;
-  const int block = warp_id(), chunk = lane_id() ^ (4 * (head & 1)), half = kBlock * (block / 2), c = chunk % 4;
+  const int block = warp_id(), chunk = lane_id(), half = kBlock * (block / 2), c = chunk % 4;
   // The thread that left the chunk had places 2 c, 2 c + 1 of 8, and of the next 8: `store_row` of attention_64.cu says which channels.
   const int channel = block % 2 * (kChannels / 2) + half + chunk / 16 * kSlice + c / 2 * 16 + chunk / 4 % 4 * 4 + c % 2 * 2;
   const size_t first = size_t(row) * p.clusters * kSlots * groups, to = size_t(row) * p.heads + head;

@@ -1,4 +1,4 @@
-// Tensor copies (TMA): boxes of a tensor in global memory to and from shared memory, and plain bytes from there. A TensorMap says what the tensor and its
+// Tensor copies (TMA): boxes of a tensor in global memory to and from shared memory. A TensorMap says what the tensor and its
 // box are; the launch layer encodes it (`TensorMap` of ffi_kernels/launch.py). Elements beyond its bounds are read as
 // zeros and not written. Coordinates count elements from the innermost dimension.
 #pragma once
@@ -50,11 +50,6 @@ DSV4_D void load_box(uint32_t to, const TensorMap& map, uint32_t barrier, int x,
 DSV4_D void store_box(const TensorMap& map, uint32_t from, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map), "r"(from), "r"(x), "r"(y)
                : "memory");
-}
-
-// The same of contiguous bytes, a multiple of 16 at addresses that are, too.
-DSV4_D void store_bulk(void* to, uint32_t from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
 }
 
 // What this thread wrote to shared memory, for copies and products that run on their own.

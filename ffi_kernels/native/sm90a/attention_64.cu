@@ -1,9 +1,9 @@
 // Sparse decode attention for 64 heads at a time, on wgmma: the mapping of many sequences of cuda/attention.cu, to whose results it
 // is equal bit for bit. Here an entry is decoded once for all heads. 512 channels, the FP8 cache.
 //
-// A CTA of two warpgroups has one part of the keys, or two that fit in a tile each. It leaves its output in device memory, and a second
-// launch, decode_attention_join_64, adds up those of a token: a cluster would do it while its tensor cores wait. Grid (CTAs of a
-// token, groups of 64 heads, B T). For each tile of 80 keys:
+// A CTA of two warpgroups has one part of the keys after the other (turns), or two together that fit in a tile each. It leaves the
+// output of each turn in device memory, and a second launch, decode_attention_join_64, adds up those of a token: a cluster would do it
+// while its tensor cores wait. Grid (CTAs of a token, groups of 64 heads, B T). For each tile of 80 keys:
 //   copies           one bulk copy to an entry, by the thread that has located it; a warp has 10 keys
 //   decode           warp w slice w, 8 keys at a time -> bf16 [slice][key][64 channels] for both products; `store_row`: the order
 //   product with K   a warpgroup has 40 keys; partial scores over 128 channels each, added in order
@@ -23,8 +23,7 @@ constexpr int kThreads = 256, kSlices = kChannels / kSlice, kEntryBytes = 576;
 constexpr int kGroups = kTileKeys / 8, kLocated = kTileKeys / 8;  // groups of 8 keys; keys that a warp locates
 constexpr int kKeys = kTileKeys / 2;                              // of a warpgroup in the product with K
 constexpr uint32_t kQuerySlice = kHeads * kRowBytes;
-// Offsets in shared memory, before those of AttentionParams (_WIDE in decode_attention.py). The output takes the place of the first two:
-// its first half that of the queries.
+// Offsets in shared memory, before those of AttentionParams (_WIDE in decode_attention.py).
 constexpr uint32_t kQueries = 0, kEntries = kSlices * kQuerySlice, kRaw = kEntries + kSlices * kSliceBytes;
 constexpr uint32_t kScales = kRaw + kTileKeys * kEntryBytes, kBarrier = kScales + 8 * kTileKeys;
 constexpr uint32_t kPresent = kBarrier + 16;          // bool [keys]
@@ -227,32 +226,28 @@ struct Weights {  // of all keys of a tile, as fragments
   }
 };
 
-// Leaves half h of the warpgroup's channels in the CTA's image (attention_join.cuh), by a bulk copy of what the warp has.
+// Leaves half h of the warpgroup's channels in the CTA's image (attention_join.cuh).
 DSV4_D void store_output(const Wide& role, float* image, int h, const float (&out)[64]) {
-  const int first = ((2 * h + role.half) * kHeads + role.warp % 4 * 16) * kBlock;
-  const uint32_t to = 4 * (first + role.g * kBlock) + 16 * (role.c ^ (4 * (role.g & 1)));
+  float* const to = image + ((2 * h + role.half) * kHeads + role.head) * kBlock + 4 * role.c;
 #pragma unroll
   for (int m = 0; m < 8; ++m)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int n = 8 * m + 2 * i;
-      in_shared<float4>((to ^ (64 * m)) + 8 * i * kBlock * 4) = {out[n], out[n + 1], out[n + 4], out[n + 5]};
+      *reinterpret_cast<float4*>(to + 8 * i * kBlock + 16 * m) = {out[n], out[n + 1], out[n + 4], out[n + 5]};
     }
-  fence_async();
-  __syncwarp();
-  if (role.lane == 0) store_bulk(image + first, address_in_shared(4 * first), 16 * kBlock * 4), commit_stores();
 }
 
 template <int kParts>
 DSV4_D void attend(const AttentionParams& p) {
   const Wide role;
-  const int row = blockIdx.z, place = blockIdx.x, first_head = int(blockIdx.y) * kHeads, first = kParts * place;
+  const int row = blockIdx.z, turns = kParts > 1 ? 1 : p.turns, first_slot = turns * int(blockIdx.x), first_head = int(blockIdx.y) * kHeads;
   const Token of_row(p, row);
   const int sequence = of_row.sequence, token = of_row.number;
   const bool mine = role.lane < kLocated;  // this thread has an entry of each tile
   const int key = role.warp * kLocated + role.lane;
   const int start = load_now(p.start + sequence), length = load_now(p.length + sequence);
-  int pick = mine ? load_pick(p, Part(p, token, first), row, key) : -1;
+  int pick = mine ? load_pick(p, Part(p, token, kParts * first_slot), row, key) : -1;
   if (token >= length) return;  // decode_attention_join_64 does it
   Queries queries;
   queries.load(p, role, row, first_head);
@@ -260,19 +255,10 @@ DSV4_D void attend(const AttentionParams& p) {
     mbarrier_init(address_in_shared(kBarrier), kTileKeys);
     mbarrier_init_fence();
   }
-  Part part(p, token, first);
-  part.set_position(p, start, first);
-  const int tiles = kParts > 1 ? kParts : (part.count() + kTileKeys - 1) / kTileKeys;
+  Part part(p, token, kParts * first_slot);
+  part.set_position(p, start, kParts * first_slot);
+  const auto tiles_of = [](const Part& part) { return kParts > 1 ? kParts : max(1, (part.count() + kTileKeys - 1) / kTileKeys); };
   Entry entry = mine ? locate(p, part, sequence, key, pick) : Entry{};
-  // The pick of the tile after `tile`, and its entry.
-  const auto next_pick = [&](int tile) {
-    return kParts > 1 ? load_pick(p, Part(p, token, first + 1), row, key)
-                      : load_pick(p, part_anew(p, place), row, (tile + 1) * kTileKeys + key);
-  };
-  const auto next_entry = [&](int tile) {
-    return kParts > 1 ? locate(p, part_anew(p, first + 1), sequence, key, pick)
-                      : locate(p, part_anew(p, place), sequence, (tile + 1) * kTileKeys + key, pick);
-  };
   __syncthreads();
   uint2 scales = {};
   if (mine) scales = copy_entry(entry, key);
@@ -280,17 +266,19 @@ DSV4_D void attend(const AttentionParams& p) {
   float out[2][64] = {};
   Softmax softmax, one;  // of this part; of the first of two
   softmax.begin();
-  const size_t left = (size_t(row) * gridDim.x + place) * gridDim.y + blockIdx.y;  // number of the image
-  float* const image = p.partial + left * kImage;
+  int turn = 0, tile = 0, tiles = tiles_of(part);
+  const auto image = [&] { return (size_t(row) * gridDim.x * turns + first_slot + turn) * gridDim.y + blockIdx.y; };  // its number
 #pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) {
-    const bool more = tile + 1 < tiles;
+  for (uint32_t parity = 0;; parity ^= 1) {
+    const bool last = tile + 1 == tiles, more = !last || turn + 1 < turns;
+    // Of the tile after this one: its part, and this thread's key there.
+    const int next_part = kParts > 1 ? 2 * first_slot + 1 : first_slot + turn + last, next_key = key + (kParts > 1 || last ? 0 : tile + 1) * kTileKeys;
     if (mine) in_shared<uint2>(kScales + 8 * key) = scales;
-    if (mine && more) pick = next_pick(tile);
-    mbarrier_wait(address_in_shared(kBarrier), tile & 1);
+    if (mine && more) pick = load_pick(p, Part(p, token, next_part), row, next_key);
+    mbarrier_wait(address_in_shared(kBarrier), parity);
     __syncthreads();  // the scales are there, and the entries of the tile before have been read
     decode_tile(role);
-    if (mine && more) entry = next_entry(tile);
+    if (mine && more) entry = locate(p, part_anew(p, next_part), sequence, next_key, pick);
     fence_async();  // queries and entries, for the products; and the raw entries have been read
     __syncthreads();
     float x[kKeys / 2];
@@ -303,7 +291,7 @@ DSV4_D void attend(const AttentionParams& p) {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
-        for (int n = 0; n < 64; ++n) out[h][n] = kParts == 1 && tile ? out[h][n] * softmax.factor[n / 2 % 2] : out[h][n];
+        for (int n = 0; n < 64; ++n) out[h][n] = kParts > 1 || tile == 0 ? 0.0f : out[h][n] * softmax.factor[n / 2 % 2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         pin(out[h]);
@@ -313,8 +301,8 @@ DSV4_D void attend(const AttentionParams& p) {
         if (h == 0) {
           if (mine && more) scales = copy_entry(entry, key);
           softmax.add(role, x);
-        } else if (kParts == 1 && !more) {
-          store_output(role, image, 0, out[0]);  // nobody reads queries any more
+        } else if (kParts == 1 && last) {
+          store_output(role, p.partial + image() * kImage, 0, out[0]);  // meanwhile
         }
         products_wait<0>();
         pin(out[h]);
@@ -329,7 +317,7 @@ DSV4_D void attend(const AttentionParams& p) {
         products_begin();
         weights.multiply(role, h, other);
         products_commit();
-        if (h) store_output(role, image, 0, out[0]);  // as above
+        if (h) store_output(role, p.partial + image() * kImage, 0, out[0]);
         products_wait<0>();
         pin(other);
 #pragma unroll
@@ -338,20 +326,21 @@ DSV4_D void attend(const AttentionParams& p) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) softmax.largest[i] = both[i].largest, softmax.total[i] = both[i].total(one.total[i], softmax.total[i]);
     }
-  }
-
-  if (role.half == 0 && role.c == 0)
+    ++tile;
+    if (!last) continue;
+    store_output(role, p.partial + image() * kImage, 1, out[1]);
+    if (role.half == 0 && role.c == 0)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) p.partial_softmax[left * kHeads + role.head + 8 * i] = {softmax.largest[i], softmax.total[i]};
-  __syncthreads();  // the entries have been read: the second half may take their place
-  if (!tiles) store_output(role, image, 0, out[0]);
-  store_output(role, image, 1, out[1]);
-  wait_stores<0>();
+      for (int i = 0; i < 2; ++i) p.partial_softmax[image() * kHeads + role.head + 8 * i] = {softmax.largest[i], softmax.total[i]};
+    if (!more) return;
+    ++turn, tile = 0, tiles = tiles_of(part_anew(p, kParts * (first_slot + turn)));
+    softmax.begin();
+  }
 }
 
 }  // namespace
 
-// decode_attention_fp8_64_<parts of a CTA>
+// decode_attention_fp8_64_<parts of a turn>; two have one turn: registers are short
 extern "C" __global__ void __launch_bounds__(kThreads, 1) decode_attention_fp8_64_1(const __grid_constant__ AttentionParams p) {
   start_after_previous();
   attend<1>(p);
