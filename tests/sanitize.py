@@ -6,6 +6,9 @@ tool has seen, and what was wrong; the reports of a tool, and the output of proc
 only if all tests passed under all tools without a report. Racecheck, which takes half a minute for a test at the sizes of a model,
 leaves those out. The first case of each test comes first, then the second, so that a run that is cut short has seen most kernels.
 
+Racecheck reports races that are none where warps have met at different numbers of named barriers. Reports of accesses that `EXCUSED`
+names are counted apart, if it still reports one in racecheck_control.cu, which has none; compiling that needs nvcc.
+
 A process that gets no context, as when others hold the memory, tries again.
 """
 
@@ -31,6 +34,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = [*sorted((ROOT / "tests" / "ffi_kernels").glob("test_native_*.py")), ROOT / "tests" / "ffi_kernels" / "test_ops.py"]
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 OF_A_MODEL = re.compile(r"[\[-](flash|pro|long)\b|real_shapes")  # names of tests at its sizes
+# Source of accesses, the first a write, with a __syncthreads between them that racecheck does not see.
+EXCUSED = [("finished(sum_partials(of_team, row, column, team", "sum += of_token[")]  # experts_down: teams of one warp behind teams of two
 QUIET = re.compile(r"=========\s*(COMPUTE-SANITIZER|\w+ SUMMARY: 0 (errors|hazards)\b.*)?")
 
 
@@ -133,6 +138,38 @@ class MemoryUsed:
             self.most = f"{most} MiB"
 
 
+def sound(out: pathlib.Path, arch: str) -> bool:
+    """Whether racecheck reports nothing in a kernel that has no race, and so deserves to be believed. False only if it was asked."""
+    program = out / "racecheck_control"
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if subprocess.run([nvcc, f"-arch={arch}", "-o", program, ROOT / "tests" / "racecheck_control.cu"], capture_output=True).returncode:
+        return True
+    runs = [subprocess.run([SANITIZER, "--tool", "racecheck", program, *named], capture_output=True, text=True) for named in ([], ["named"])]
+    program.unlink()
+    reported = ["Race reported" in run.stdout for run in runs]
+    return any(run.returncode for run in runs) or reported != [False, True]
+
+
+def excused(reports: list[str]) -> tuple[list[str], int]:
+    """The lines of the reports without those that EXCUSED names, and how many these were."""
+    kept, count, block = [], 0, []
+    for line in [*reports, "========= Error: end"]:
+        shown = re.match(r"=========\s+RACECHECK SUMMARY: (\d+) hazards displayed \((\d+) errors, (\d+) warnings\)", line)
+        if shown and int(shown[1]) == int(shown[2]) + int(shown[3]):
+            continue  # all of them are here
+        if re.match(r"=========\s+(Error|Warning):", line) or not line.startswith("========="):
+            code = [_source(*at) for at in re.findall(r"access at .*? in (\S+):(\d+)", "\n".join(block))]
+            known = any(code and write in code[0] and all(read in x for x in code[1:]) for write, read in EXCUSED)
+            kept, count, block = kept + block * (not known), count + known, []
+        block.append(line)
+    return kept + block[:-1], count
+
+
+def _source(name: str, line: str) -> str:
+    found = [*(ROOT / "ffi_kernels" / "native").rglob(pathlib.Path(name).name)]
+    return found[0].read_text().splitlines()[int(line) - 1] if len(found) == 1 else ""
+
+
 def kernels(arch: str) -> set[str]:
     """Names of all kernels of this build for an architecture, from the sections of its cubins."""
     images = library.directory().glob(f"*.{arch}.cubin")
@@ -148,6 +185,7 @@ def checked(out: pathlib.Path, name: str, tool: list[str], tests: list[str], arg
             list(pool.map(lambda share: share.run(began + arguments.seconds), shares))
         launched = set().union(*(share.launched() for share in shares))
     reports = [line for share in shares for line in share.reports]
+    left, known = (reports, 0) if name != "racecheck" or not reports or sound(out, arguments.arch) else excused(reports)
     (out / f"{name}.txt").write_text("\n".join(reports))
     outcomes = {test: outcome for share in shares for test, outcome in share.outcomes.items()}
     states = collections.Counter(outcome.partition(":")[0] for outcome in outcomes.values())
@@ -156,13 +194,14 @@ def checked(out: pathlib.Path, name: str, tool: list[str], tests: list[str], arg
     lines = [
         f"{name}: {len(outcomes)} of {len(tests)} tests in {time.monotonic() - began:.0f} s, {dict(states)}; "
         f"{len(launched & built)} of {len(built)} kernels; at most {memory.most} of device memory by {count} processes"
+        + f"; {known} reports excused, as racecheck is wrong about racecheck_control.cu, too" * bool(known)
     ]
     for title, found in {
-        "lines of reports": reports, "died": [f"{test}: {why}" for test, why in died.items()], "not reached": unfinished,
+        "lines of reports": left, "died": [f"{test}: {why}" for test, why in died.items()], "not reached": unfinished,
         "failed": [f"{test}: {o}" for test, o in outcomes.items() if o.startswith("failed")], "not launched": sorted(built - launched),
     }.items():  # fmt: skip
         lines += [f"  {title}: {len(found)}", *(f"    {line[:240]}" for line in found[:12])] if found else []
-    good = not (reports or died or unfinished) and set(states) <= {"passed", "skipped"} and states["passed"] > 0
+    good = not (left or died or unfinished) and set(states) <= {"passed", "skipped"} and states["passed"] > 0
     return good, "\n".join(lines)
 
 
