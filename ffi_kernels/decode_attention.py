@@ -30,7 +30,7 @@ _CTAS = {1: 132, 2: 132, 4: 116, 8: 112}
 # Time of a CTA, relative, measured. That takes one part and serves 16 heads, 32 heads, and each 32 heads more from entries it has
 # decoded; that takes four parts and serves 16 heads; that takes one part or two and serves 64 heads, and each further part
 # in turn; and of a second launch.
-_COSTS = {16: 18, 32: 25, "more": 20, "four parts": 45, 64: 18, "two parts": 25, "turn": 12, "join": 6}
+_COSTS = {16: 18, 32: 25, "more": 20, "four parts": 45, 64: 18, "two parts": 25, "turn": 13, "join": 6}
 # Of sm90a/attention_64.cu: bytes of shared memory that it divides itself, a multiple of 128; numbers of the image that a CTA leaves.
 _WIDE, _IMAGE = 205056, 64 * _MAX_CHANNELS  # kImage of attention_join.cuh
 
