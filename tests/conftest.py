@@ -1,19 +1,14 @@
-"""The whole suite sees eight CPU devices; GPU tests run where there is one; torch keeps to one thread; a program is compiled once."""
+"""The whole suite sees eight CPU devices; GPU tests run where there is one; torch keeps to one thread."""
 
 import gc
 import json
 import os
-import tempfile
 
 import pytest
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch, whose threads otherwise fight with XLA's
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # `pytest -n`: the first process would take three quarters of a GPU
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # more than half of the suite is compiling: its processes share the programs
-    programs = tempfile.TemporaryDirectory(prefix="dsv4-programs-")  # until the first process, whose environment the others have, ends
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 def pytest_addoption(parser):

@@ -199,7 +199,7 @@ def test_the_embedded_size_fits_a_repository(tmp_path):
     tree = jax.tree.map(lambda t: np.frombuffer(rng.bytes(t.size * t.dtype.itemsize), t.dtype).reshape(t.shape), tree)
     save(dsv4.Model(jax.tree.map(jnp.asarray, tree), TINY, RECIPES["official"]), tmp_path / "model")
     files = [f for f in (tmp_path / "model").rglob("*") if f.is_file()]
-    assert sum(f.stat().st_size for f in files) < 12e6 and len(files) < 30
+    assert sum(f.stat().st_size for f in files) < 12e6 and len(files) < 60  # 20 to 30, by when the writer flushes
 
 
 def test_loads_inside_a_running_event_loop(stored):
