@@ -21,18 +21,19 @@ from ffi_kernels.tensor import KV_BLOCK, FP8KVCache
 # Constants of native/include/attention.cuh: entries that a CTA holds at a time, pitch of scores, channels of a warp.
 _TILE, _PITCH, _SLICE = 80, 88, 64
 _MAX_CHANNELS = 512
-# Clusters that share the keys of a token at most, and keys of one: two tiles to a CTA. 7 for each half of 64 heads run at once.
-_CLUSTERS, _CLUSTER_KEYS = 7, 8 * 2 * _TILE  # kMaxClusters of attention_join.cuh
+# Clusters that share the keys of a token at most, and keys of one that fit in a tile each. 7 for each half of 64 heads run at once.
+_CLUSTERS, _CLUSTER_KEYS = 7, 8 * _TILE  # kMaxClusters of attention_join.cuh
 _TEAM_CHANNELS = 256  # from which on half of a CTA has a thread for each entry
 # CTAs that run at once on an H200, by the size of a cluster: one per SM, but its GPCs do not all divide by 4 and more. Measured for
 # 8, guessed for 4 from GPCs that fit it.
 _CTAS = {1: 132, 2: 132, 4: 116, 8: 112}
-# Time of a CTA, relative, measured. That takes one part and serves 16 heads, 32 heads, and each 32 heads more from entries it has
-# decoded; that takes four parts and serves 16 heads; that takes one part or two and serves 64 heads, and each further part
-# in turn; and of a second launch.
-_COSTS = {16: 18, 32: 25, "more": 20, "four parts": 45, 64: 18, "two parts": 25, "turn": 13, "join": 6}
-# Of sm90a/attention_64.cu: bytes of shared memory that it divides itself, a multiple of 128; numbers of the image that a CTA leaves.
-_WIDE, _IMAGE = 205056, 64 * _MAX_CHANNELS  # kImage of attention_join.cuh
+_CHAIN = 4  # kMaxChain: parts of a token that are added up one after the other
+# Times, measured on an H200 and relative. Of a CTA that takes one part and serves 16 heads, 32 heads, and each 32 heads more from entries
+# it has decoded; that takes four parts and serves 16 heads; that takes one part and serves 64 heads, each further part of a chain, and
+# each further part or chain that it leaves by itself. Of a second launch, and of each image that it adds up.
+_COSTS = {16: 18, 32: 26, "more": 20, "four parts": 45, 64: 16, "link": 7.4, "turn": 11, "join": 6, "image": 0.1}
+# Of sm90a/attention_64.cu: bytes of shared memory (kUsed); numbers of the image that a CTA leaves (kImage of attention_join.cuh).
+_WIDE, _IMAGE = 231152, 64 * _MAX_CHANNELS
 
 
 def decode_attention(
@@ -112,12 +113,12 @@ class Mapping(NamedTuple):
 
     heads: int  # that it serves at a time
     passes: int  # how often, with the entries that it has decoded
-    parts: int  # 1; with 16 heads also 4, of which two teams of its warps take two each; with 64 also 2
-    turns: int = 1  # with 64 heads and one part: how many such parts it takes one after the other
+    parts: int  # 1; with 16 heads also 4, of which two teams of its warps take two each; with 64 also a chain
+    turns: int = 1  # with 64 heads: how many such parts or chains it takes one after the other
 
 
 def mapping_of(rows: int, heads: int, channels: int, clusters: int, parts: int, fits: bool, wide: bool) -> Mapping:
-    """What needs the least time: waves of clusters, or for 64 heads of CTAs, that `rows` tokens share, and the launch that joins them.
+    """What needs the least time: waves of clusters, or for 64 heads of CTAs, that `rows` tokens share, and what joins them.
 
     fits: all entries of a part fit into shared memory at once, where they can wait for more heads. wide: 64 heads at a time are possible.
     """
@@ -125,19 +126,20 @@ def mapping_of(rows: int, heads: int, channels: int, clusters: int, parts: int, 
     if heads > 16:
         options[Mapping(32, 1, 1)] = _COSTS[32]
     if wide and heads > 32:
-        for turns in (t for t in (1, 2, 4, 8) if t <= parts):
-            options[Mapping(64, 1, 1, turns)] = _COSTS[64] + _COSTS["turn"] * (turns - 1)
-        if fits and parts > 1:
-            options[Mapping(64, 1, 2)] = _COSTS["two parts"]
+        for chain in {1, min(_CHAIN, parts)} if fits else {1}:
+            for turns in (t for t in (1, 2, 4, 8) if t * chain <= parts):
+                options[Mapping(64, 1, chain, turns)] = _COSTS[64] + turns * (chain - 1) * _COSTS["link"] + (turns - 1) * _COSTS["turn"]
     if fits and groups > 1:
         options[Mapping(32, groups, 1)] = _COSTS[32] + _COSTS["more"] * (groups - 1)
     if fits and parts >= 4 and channels >= _TEAM_CHANNELS:
         options[Mapping(16, 1, 4)] = _COSTS["four parts"]
 
     def time(mapping):
-        ctas = parts // (mapping.parts * mapping.turns)
-        waves = -(-rows * clusters * -(-heads // (mapping.heads * mapping.passes)) * ctas // _CTAS[1 if mapping.heads == 64 else ctas])
-        return options[mapping] * waves + (_COSTS["join"] if mapping.heads == 64 or clusters > 1 else 0)
+        groups, left = -(-heads // (mapping.heads * mapping.passes)), parts // mapping.parts  # left: parts or chains
+        size = 1 if mapping.heads == 64 else left  # of a cluster
+        waves = -(-rows * clusters * groups * left // mapping.turns // _CTAS[size])
+        images = rows * clusters * groups * left if mapping.heads == 64 else 0
+        return options[mapping] * waves + (_COSTS["join"] if images or clusters > 1 else 0) + _COSTS["image"] * images
 
     return min(options, key=time)
 
@@ -170,7 +172,7 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
     wide = fp8 and current() != "sm_100a" and (channels, rope) == (_MAX_CHANNELS, _SLICE)
     group, passes, parts_of_turn, turns = mapping_of(batch * tokens, heads, channels, clusters, parts, fits, wide)
     images = group == 64  # that its CTAs leave: each for itself, without clusters
-    slots, stages, teams = parts // parts_of_turn, 1 if fits else 2, 2 if parts_of_turn == 4 else 1
+    slots, stages, teams = parts // parts_of_turn, 1 if fits else 2, 2 if parts_of_turn == 4 and not images else 1
     cluster = 1 if images else slots
     stage_bytes = channels // _SLICE * _TILE * 2 * _SLICE
     sizes = {
@@ -180,8 +182,8 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
     }  # fmt: skip
     module, kernel, threads = "attention", "teams" if teams > 1 else group, channels
     if images:
-        sizes |= {"entries": _WIDE, "rows": 0, "scores": 0, "factor": 0, "largest": 0, "total": 0}
-        module, kernel, threads = "attention_64", f"64_{parts_of_turn}", 256
+        sizes = dict.fromkeys(sizes, 0)
+        module, kernel, threads = "attention_64", "64_chain" if parts_of_turn > 1 else "64", 512
     *offsets, used = itertools.accumulate(sizes.values())
     if passes == 1:
         offsets[0] = 0  # the output takes the place of the entries
@@ -197,14 +199,14 @@ def _decode_attention(q, window, fresh, compressed, picked, sink, start, length,
     out, lse, *left = launch(
         "decode_attention", module, f"decode_attention_{'fp8' if fp8 else 'bf16'}_{kernel}",
         grid=(clusters * slots // turns, groups, batch * tokens), block=threads, cluster=(cluster, 1, 1),
-        shared_bytes=sinks + group * passes * 4,
+        shared_bytes=_WIDE if images else sinks + group * passes * 4,
         inputs=[q, *arrays(window), *arrays(fresh), *arrays(compressed), picked, sink, start, length, cos, sin],
         outputs=[None, None, *partial] if joins else [*finished, None, None],
         scalars=[
             tokens, heads, channels, rope, size, entries, picks, max(ratio, 1).bit_length() - 1, clusters * parts,
             _inverse(tokens), _inverse(clusters * parts), cluster.bit_length() - 1,
             *shares[:2], channels + rope if fp8 else 2 * channels,
-            _scale_bytes(channels, rope) if fp8 else 0, stages, stage_bytes, team_bytes, passes, turns, *offsets, angles, sinks,
+            _scale_bytes(channels, rope) if fp8 else 0, stages, stage_bytes, team_bytes, passes, turns, parts_of_turn, *offsets, angles, sinks,
             channels**-0.5 / math.log(2),
         ],
     )  # fmt: skip

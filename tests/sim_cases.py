@@ -376,7 +376,7 @@ case("attention bf16 window")(lambda: attention("window", "bf16", 8, 128, (16, 1
 case("attention bf16 csa 32")(lambda: attention("csa", "bf16", 19, 256, (32, 1, 1), tokens=1))
 case("attention fp8 teams")(lambda: attention("csa", "fp8", 19, 256, (16, 1, 4), tokens=1, window=80, entries=400, picks=500, parts=(1, 8)))
 case("attention_64 tiles")(lambda: attention("csa", "fp8", 67, 512, (64, 1, 1), tokens=1, window=20, entries=400, picks=220, parts=(1, 2)))
-case("attention_64 pairs")(lambda: attention("csa", "fp8", 35, 512, (64, 1, 2), window=20, entries=300, picks=190, parts=(1, 4)))
+case("attention_64 chain")(lambda: attention("csa", "fp8", 35, 512, (64, 1, 4, 2), window=20, entries=300, picks=190, parts=(1, 8)))
 case("attention_64 clusters")(lambda: attention("csa", "fp8", 35, 512, (64, 1, 1, 2), tokens=1, window=20, entries=300, picks=190, parts=(3, 2)))
 case("attention bf16 teams")(lambda: attention("hca", "bf16", 8, 256, (16, 1, 4), window=40, entries=150, parts=(1, 4)))
 

@@ -203,16 +203,18 @@ def test_refusals(backend, change, sentence):
 @pytest.mark.parametrize("kind, form", [("window", "fp8"), ("csa", "fp8"), ("csa", "bf16"), ("hca", "fp8")])
 @pytest.mark.parametrize("model", ["odd", "wide", "flash"], indirect=True)
 def test_bits_do_not_depend_on_the_mapping(model, kind, form, parts, monkeypatch):
-    """CTAs of 16 heads, of 32, and of 32 after 32; with four parts; of 64 heads, with a part after the other or two at once."""
+    """CTAs of 16 heads, of 32, and of 32 after 32; with four parts; of 64 heads, with a part after the other, a chain, or two."""
     arguments = inputs(model, kind, form, [5, 1000, 40], [1, 2, 2], 2)
     module, results = sys.modules["ffi_kernels.decode_attention"], []
     monkeypatch.setattr(module, "parts_of", lambda keys: parts)
-    for shape in ((16, 1, 1), (32, 1, 1), (32, 2, 1), (16, 1, 4), (64, 1, 1), (64, 1, 1, 2), (64, 1, 2)):
+    for shape in ((16, 1, 1), (32, 1, 1), (32, 2, 1), (16, 1, 4), (64, 1, 1), (64, 1, 1, 2), (64, 1, 4), (64, 1, 4, 2)):
 
         def mapping_of(rows, heads, channels, clusters, parts, fits, wide, shape=shape):
             if shape[0] == 64 and not wide:
                 shape = (32, 1, 1)
             mapping = module.Mapping(*shape)
+            if mapping.heads == 64 and mapping.parts > 1:
+                mapping = mapping._replace(parts=min(mapping.parts, parts))
             possible = mapping.parts * mapping.turns <= parts and (fits or mapping.passes == mapping.parts == 1)
             return mapping if possible else module.Mapping(shape[0], 1, 1)
 

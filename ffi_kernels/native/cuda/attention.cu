@@ -10,8 +10,8 @@
 //   softmax          sum of the partial scores in channel order, running maximum and sum of each head
 //   product with V   a warp has 128 / kSplit channels and all keys
 // A CTA may serve several groups of heads in turn; entries that fit in one tile are then decoded once.
-// Each token and head goes through the same sums in the same order whatever else is in the launch, in every mapping: parts
-// are joined in pairs of neighbours, and the pairs added in order.
+// Each token and head goes through the same sums in the same order whatever else is in the launch, in every mapping: up to four
+// neighbouring parts are a chain, each added to the sum before it (Link), and the chains of a cluster are added in order.
 #include "attention_join.cuh"
 #include "attention_tile.cuh"
 #include "dependent.cuh"
@@ -19,18 +19,12 @@
 namespace dsv4 {
 namespace {
 
-// Tells the L2 cache that an entry will be copied.
-DSV4_D void announce(const AttentionParams& p, const Entry& entry) {
-  if (entry.data == nullptr) return;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(entry.data), "r"(p.entry_bytes) : "memory");
-}
-
-// Leaves the output of the team, where the entries were or behind them, for the merge.
+// Leaves the output of the team, where the entries were or behind them, for the merge. `turn` counts its parts.
 template <int kHeadTiles, int kSplit>
-DSV4_D void store_output(const AttentionParams& p, const Role<kSplit>& role, const float (&out)[kHeadTiles][kPart<kSplit> / 8][4]) {
+DSV4_D void store_output(const AttentionParams& p, const Role<kSplit>& role, int turn, const float (&out)[kHeadTiles][kPart<kSplit> / 8][4]) {
   constexpr int width = kPart<kSplit>;
   const int channel = role.warp * width + (2 * role.c & ~3);
-  const uint32_t to = role.base + p.output + output_at<16 * kHeadTiles, kSplit>(role.g, channel) + (2 * role.c & 2) * 4;
+  const uint32_t to = role.base + p.output + turn * 64 * kHeadTiles * p.channels + output_at<16 * kHeadTiles, kSplit>(role.g, channel) + (2 * role.c & 2) * 4;
 #pragma unroll
   for (int m = 0; m < kHeadTiles; ++m)
 #pragma unroll
@@ -92,7 +86,7 @@ DSV4_D void attend(const AttentionParams& p) {
 
     copy_async_wait<0>();
     __syncthreads();  // the entries have been read: the output may take their place
-    store_output<kHeadTiles>(p, role, out);
+    store_output<kHeadTiles>(p, role, 0, out);
     if (!tiles && thread < heads) in_shared<float>(p.largest + 4 * thread) = -infinity(), in_shared<float>(p.total + 4 * thread) = 0.0f;
     cluster_sync();
     merge<heads, 4>(p, row, first_head, pass, rank_of(p));
@@ -146,23 +140,13 @@ DSV4_D void attend_in_teams(const AttentionParams& p) {
     load_tile<kFp8>(p, role, 1, keys, scales);
   }
 
-  const uint32_t largest = role.base + p.largest, total = role.base + p.total;
+  role.sync(p);  // the entries have been read
+  store_output<1>(p, role, 1, out);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t at = largest + 4 * (role.g + 8 * i);
-    const Join both(in_shared<float>(at), in_shared<float>(at + 4 * heads));
+  for (int n = 0; n < width; ++n)
 #pragma unroll
-    for (int n = 0; n < width; ++n)
-#pragma unroll
-      for (int k = 2 * i; k < 2 * i + 2; ++k) out[0][n][k] = join(other[n][k], both.own, out[0][n][k], both.other);
-  }
-  role.sync(p);  // the entries and the largest scores have been read
-  store_output<1>(p, role, out);
-  if (thread < heads) {
-    float &one = in_shared<float>(largest + 4 * thread), &sum = in_shared<float>(total + 4 * thread);
-    const Join both(one, in_shared<float>(largest + 4 * (heads + thread)));
-    one = both.largest, sum = both.total(sum, in_shared<float>(total + 4 * (heads + thread)));
-  }
+    for (int i = 0; i < 4; ++i) out[0][n][i] = other[n][i];
+  store_output<1>(p, role, 0, out);
   cluster_sync();
   merge<heads, 2>(p, row, first_head, 0, rank_of(p));
   cluster_wait();  // nobody ends while others read from it

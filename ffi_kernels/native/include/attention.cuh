@@ -12,6 +12,7 @@ constexpr int kRowBytes = 2 * kSlice;
 constexpr int kSliceBytes = kTileKeys * kRowBytes;
 constexpr int kPitch = kTileKeys + 8;  // of scores and weights in shared memory: no bank conflicts
 constexpr int kMaxPairs = 4;           // of slices: K <= 512
+constexpr int kMaxChain = 4;           // parts of a token that are added up one after the other (Link in attention_merge.cuh)
 // With kSplit warps of a team to a pair: rounds of groups of 8 keys; channels of a warp in the product with V.
 template <int kSplit>
 constexpr int kRounds = (kTileKeys / 8 + kSplit - 1) / kSplit;
@@ -39,13 +40,13 @@ struct AttentionParams {
   int32_t tokens, heads, channels, rope, window_size, entries, picks;  // T, H, K, R, W, C, X
   int32_t ratio_log2, parts;          // parts share the keys of one token
   uint32_t tokens_inverse, parts_inverse;  // for `divided`
-  int32_t cluster_log2;               // CTAs of a cluster: each has a part, or two, or where there are teams four
+  int32_t cluster_log2;               // CTAs of a cluster: each has a part, or two, or where there are two teams four
   int32_t window_share, pick_share;   // of one part
   int32_t entry_bytes, scale_bytes;   // K + R and S, or 2 K and 0
   int32_t stages, stage_bytes;        // tiles in shared memory, 1 or 2; K / 64 * kSliceBytes
   int32_t team_bytes;                 // of shared memory, where there are two teams; all but angles and sinks is there once for each
   int32_t passes;                     // groups of heads that a CTA serves one after the other
-  int32_t turns;                      // parts that a CTA for 64 heads takes one after the other
+  int32_t turns, chain;               // images that a CTA for 64 heads leaves one after the other; parts of each
   // Offsets in shared memory; entries lie at 0, bf16 [stages][K / 64][80 keys][64 channels], 16-byte chunk i of a row at
   // i ^ (key % 8).
   int32_t output;                     // fp32 [warps][heads][channels of a warp]; at 0 if the entries are not needed again
@@ -71,6 +72,11 @@ DSV4_D float load_now(const float* from) {
 DSV4_D float2 load_now(const float2* from) {
   float2 value;
   asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "l"(from));
+  return value;
+}
+DSV4_D uint4 load_now(const uint4* from) {
+  uint4 value;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "l"(from));
   return value;
 }
 DSV4_D float4 load_now(const float4* from) {
@@ -122,10 +128,14 @@ struct alignas(16) Entry {
   const uint8_t* scale;
 };
 
-// The index picked for entry `key` of the part, -1 where none is.
+// Where the index picked for entry `key` of the part lies, null where none is.
+DSV4_D const int32_t* pick_at(const AttentionParams& p, const Part& part, int row, int key) {
+  if (p.picked == nullptr || key < part.window_count || key >= part.count()) return nullptr;
+  return p.picked + size_t(row) * p.picks + part.compressed_first + key - part.window_count;
+}
 DSV4_D int load_pick(const AttentionParams& p, const Part& part, int row, int key) {
-  if (p.picked == nullptr || key < part.window_count || key >= part.count()) return -1;
-  return p.picked[size_t(row) * p.picks + part.compressed_first + key - part.window_count];
+  const int32_t* at = pick_at(p, part, row, key);
+  return at == nullptr ? -1 : *at;
 }
 
 DSV4_D Entry locate(const AttentionParams& p, const Part& part, int sequence, int key, int pick) {

@@ -22,7 +22,7 @@ struct JoinParams {
 // warpgroup; head; places in the order in which threads have them. So `partial` is
 // [B, T, clusters, slots, groups of 64 heads, image], `partial_softmax` [B, T, clusters, slots, 64 groups].
 struct Join64Params : JoinParams {
-  int32_t slots, parts;  // what each cluster has left: slots of so many parts, 1 or 2
+  int32_t slots, parts;  // what each cluster has left: slots of one part, or of a chain of so many
 };
 constexpr int kMaxClusters = 7;                           // _CLUSTERS in decode_attention.py
 constexpr int kHeads = 64, kChannels = 512;               // of a CTA that leaves an image
@@ -75,7 +75,7 @@ DSV4_D void join_clusters(const JoinParams& p) {
 
 // Of CTAs for 64 heads: those of a cluster as `merge` does it, and the clusters, if there are several, as above. The loads of a
 // cluster are in flight at once, and those of the next one.
-template <bool kSeveral, int kPair, int kSlots>
+template <bool kSeveral, int kChain, int kSlots>
 DSV4_D void join_slots(const Join64Params& p) {
   const int row = blockIdx.z * gridDim.y + blockIdx.y, head = blockIdx.x, groups = (p.heads + kHeads - 1) / kHeads;
   const int block = warp_id(), chunk = lane_id(), half = kBlock * (block / 2), c = chunk % 4;
@@ -107,7 +107,7 @@ DSV4_D void join_slots(const Join64Params& p) {
     return;
   }
   if (!kSeveral) {
-    const Slots<kPair, kSlots> slots(own.x, own.y);
+    const Slots<kChain, kSlots> slots(own.x, own.y);
     float4 sum = {};
     slots.add(0, outs, sum);
     return finish<32>(p, to, channel, sum, slots.most, slots.total, sink, angles);
@@ -122,7 +122,7 @@ DSV4_D void join_slots(const Join64Params& p) {
     float4 next[kSlots];
     const float2 mine = own;
     if (i + 1 < p.clusters) load(i + 1, next), own = softmax[(i + 1) * kSlots * groups * kHeads];
-    const Slots<kPair, kSlots> slots(mine.x, mine.y);
+    const Slots<kChain, kSlots> slots(mine.x, mine.y);
     float4 sum = {};
     slots.add(0, outs, sum);
     all.add(sum, {slots.most, slots.total});
@@ -135,10 +135,11 @@ DSV4_D void join_slots(const Join64Params& p) {
 template <bool kSeveral>
 DSV4_D void join_images(const Join64Params& p) {
   if (p.slots == 1) return join_slots<kSeveral, 1, 1>(p);
-  switch (p.slots * p.parts) {  // parts of a cluster
+  if (p.parts > 1) return join_slots<kSeveral, 1, 2>(p);
+  switch (p.slots) {
     case 2: return join_slots<kSeveral, 2, 2>(p);
-    case 4: return p.parts == 1 ? join_slots<kSeveral, 2, 4>(p) : join_slots<kSeveral, 1, 2>(p);
-    default: return p.parts == 1 ? join_slots<kSeveral, 2, 8>(p) : join_slots<kSeveral, 1, 4>(p);
+    case 4: return join_slots<kSeveral, 4, 4>(p);
+    default: return join_slots<kSeveral, 4, 8>(p);
   }
 }
 

@@ -35,51 +35,64 @@ DSV4_D uint32_t output_at(int head, int channel) {
   return ((channel / width * kHeads + head) * width + ((channel % width / 4) ^ ((head & 3) << 1)) * 4) * 4;
 }
 
-// Two parts as one: what brings each to the larger of their largest scores, and sums with these factors. Neighbouring parts
-// are always put together so, in a team that took both as between CTAs; the order of the two does not matter.
-struct Join {
-  float largest, own, other;
+// One more part behind those that are summed up: what brings either to the larger of their largest scores. A chain is up to
+// kMaxChain neighbouring parts, always added in this order and way, in the registers of a CTA that took all as between CTAs.
+struct Link {
+  float largest, before, own;  // of all; factor of the sum before; factor of the part
 
-  DSV4_D Join(float own_largest, float other_largest) : largest(fmaxf(own_largest, other_largest)) {
-    own = rescale(own_largest, largest), other = rescale(other_largest, largest);
+  DSV4_D Link(float largest_before, float largest_own) : largest(fmaxf(largest_before, largest_own)) {
+    before = rescale(largest_before, largest), own = rescale(largest_own, largest);
   }
-  DSV4_D float total(float a, float b) const { return __fadd_rn(__fmul_rn(a, own), __fmul_rn(b, other)); }
 };
 
-DSV4_D float join(float a, float a_factor, float b, float b_factor) { return __fadd_rn(__fmul_rn(a, a_factor), __fmul_rn(b, b_factor)); }
+DSV4_D float linked(float sum, float before, float x, float own) { return fmaf(x, own, __fmul_rn(sum, before)); }
 
-// The softmax of the slots of which the outputs are added up. A slot is a part, and parts are joined in pairs of neighbours first
-// (kPair 2), or it is a pair that somebody has joined (kPair 1). Lanes share them out: lane i has slot i % kSlots.
-template <int kPair, int kSlots>
+// The softmax of the slots of which the outputs are added up. A slot is a part, of chains of kChain parts, or it is a chain that
+// somebody has added up (kChain 1). Lanes share them out: lane i has slot i % kSlots.
+template <int kChain, int kSlots>
 struct Slots {
   float most, total;  // of all
-  float own, factor;  // what brings the lane's slot to the largest score of its pair, and this pair to that of all
+  float before, own;  // of the lane's slot in its chain: Link
+  float factor;       // what brings this chain to the largest score of all
 
-  DSV4_D Slots(float largest, float total_of_slot) : total(total_of_slot), own(1.0f) {
-    if (kPair == 2) {
-      const Join both(largest, __shfl_xor_sync(kAll, largest, 1));
-      total = both.total(total, __shfl_xor_sync(kAll, total, 1));
-      own = both.own, largest = both.largest;
+  DSV4_D Slots(float largest, float total_of_slot) : total(total_of_slot), before(0.0f), own(1.0f) {
+    if (kChain > 1) {
+      const int place = lane_id() % kChain, last = lane_id() | (kChain - 1);
+      float chain = largest;  // the largest up to this part
+#pragma unroll
+      for (int offset = 1; offset < kChain; offset *= 2) {
+        const float other = __shfl_up_sync(kAll, chain, offset);
+        if (place >= offset) chain = fmaxf(chain, other);
+      }
+      const float previous = __shfl_up_sync(kAll, chain, 1);
+      if (place > 0) before = rescale(previous, chain), own = rescale(largest, chain);
+#pragma unroll
+      for (int i = 1; i < kChain; ++i) {
+        const float sum = __shfl_up_sync(kAll, total, 1);
+        if (place == i) total = linked(sum, before, total, own);
+      }
+      largest = __shfl_sync(kAll, chain, last), total = __shfl_sync(kAll, total, last);
     }
     most = largest;
 #pragma unroll
-    for (int offset = kSlots / 2; offset >= kPair; offset /= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, offset));
+    for (int offset = kSlots / 2; offset >= kChain; offset /= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, offset));
     factor = rescale(largest, most);
     total = __fmul_rn(total, factor);
 #pragma unroll
-    for (int offset = kSlots / 2; offset >= kPair; offset /= 2) total += __shfl_xor_sync(kAll, total, offset);
+    for (int offset = kSlots / 2; offset >= kChain; offset /= 2) total += __shfl_xor_sync(kAll, total, offset);
   }
 
   // sum += outputs of the slots from `first` on, in order.
   template <int kCount>
   DSV4_D void add(int first, const float4 (&outs)[kCount], float4& sum) const {
 #pragma unroll
-    for (int i = 0; i < kCount; i += kPair) {
+    for (int i = 0; i < kCount; i += kChain) {
       float4 x = outs[i];
-      if (kPair == 2) {
-        const float4 y = outs[i + 1];
-        const float a = __shfl_sync(kAll, own, first + i), b = __shfl_sync(kAll, own, first + i + 1);
-        x = {join(x.x, a, y.x, b), join(x.y, a, y.y, b), join(x.z, a, y.z, b), join(x.w, a, y.w, b)};
+#pragma unroll
+      for (int k = 1; k < kChain; ++k) {
+        const float4 y = outs[i + k];
+        const float a = __shfl_sync(kAll, before, first + i + k), b = __shfl_sync(kAll, own, first + i + k);
+        x = {linked(x.x, a, y.x, b), linked(x.y, a, y.y, b), linked(x.z, a, y.z, b), linked(x.w, a, y.w, b)};
       }
       const float weight = __shfl_sync(kAll, factor, first + i);
       sum.x = fmaf(weight, x.x, sum.x), sum.y = fmaf(weight, x.y, sum.y);
@@ -88,23 +101,26 @@ struct Slots {
   }
 };
 
-// Sum over the slots of the cluster, of which a CTA has one for each team, of their outputs at `from`. `largest` and `total` lie
-// beside: those of all come back. A team has joined the two parts that it took.
-template <int kTeams, int kSlots>
+// Where part `slot` of the cluster lies in its CTA, with two teams of two parts each: behind what is at the same place of the first part.
+template <int kParts>
+DSV4_D uint32_t beside(const AttentionParams& p, int slot, uint32_t bytes) {
+  return kParts == 1 ? 0 : slot / 2 % 2 * p.team_bytes + slot % 2 * bytes;
+}
+
+// Sum over the parts of the cluster, of which a CTA has kParts, of their outputs at `from`. `largest` and `total` lie beside: those of
+// all come back.
+template <int kHeads, int kParts, int kSlots>
 DSV4_D float4 sum_slots(const AttentionParams& p, uint32_t from, uint32_t largest_at, uint32_t total_at, float& most, float& total) {
-  constexpr int kAtOnce = kSlots < 8 ? kSlots : 8;
-  const uint32_t slot = lane_id() % kSlots, beside = slot % kTeams * p.team_bytes;
-  const float largest = load_peer(peer_address(largest_at + beside, slot / kTeams));
-  const Slots<(kTeams == 1 && kSlots > 1 ? 2 : 1), kSlots> slots(largest, load_peer(peer_address(total_at + beside, slot / kTeams)));
+  const int slot = lane_id() % kSlots;
+  const uint32_t statistics = beside<kParts>(p, slot, 4 * kHeads);
+  const float largest = load_peer(peer_address(largest_at + statistics, slot / kParts));
+  const Slots<(kSlots < kMaxChain ? kSlots : kMaxChain), kSlots> slots(largest, load_peer(peer_address(total_at + statistics, slot / kParts)));
   most = slots.most, total = slots.total;
+  float4 outs[kSlots];
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) outs[i] = load_peer4(peer_address(from + beside<kParts>(p, i, 4 * kHeads * p.channels), i / kParts));
   float4 sum = {};
-#pragma unroll
-  for (int first = 0; first < kSlots; first += kAtOnce) {
-    float4 outs[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) outs[i] = load_peer4(peer_address(from + (first + i) % kTeams * p.team_bytes, (first + i) / kTeams));
-    slots.add(first, outs, sum);
-  }
+  slots.add(0, outs, sum);
   return sum;
 }
 
@@ -165,7 +181,7 @@ DSV4_D void leave(const AttentionParams& p, int row, int head, int channel, cons
 // fourth head. Arrives at the barrier of the cluster once it has read all parts, before it stores: the arrival would wait for that.
 template <int kHeads, int kSplit>
 DSV4_D void merge(const AttentionParams& p, int row, int first_head, int pass, int rank) {
-  constexpr int teams = 4 / kSplit;
+  constexpr int parts = kSplit == 4 ? 1 : 4;  // of a CTA
   const int share = kHeads >> p.cluster_log2, width = p.channels / 4, thread = threadIdx.x;
   const int group = (thread >= width) + (thread >= 2 * width) + (thread >= 3 * width);
   const int channel = 4 * (thread - group * width);
@@ -180,10 +196,10 @@ DSV4_D void merge(const AttentionParams& p, int row, int first_head, int pass, i
     float most, total;
     float4 sum;
     switch (p.cluster_log2) {
-      case 0: sum = sum_slots<teams, teams>(p, from, largest_at, total_at, most, total); break;
-      case 1: sum = sum_slots<teams, 2 * teams>(p, from, largest_at, total_at, most, total); break;
-      case 2: sum = sum_slots<teams, 4 * teams>(p, from, largest_at, total_at, most, total); break;
-      default: sum = sum_slots<teams, 8 * teams>(p, from, largest_at, total_at, most, total);
+      case 0: sum = sum_slots<kHeads, parts, parts>(p, from, largest_at, total_at, most, total); break;
+      case 1: sum = sum_slots<kHeads, parts, 2 * parts>(p, from, largest_at, total_at, most, total); break;
+      case 2: sum = sum_slots<kHeads, parts, (parts == 1 ? 4 : 8)>(p, from, largest_at, total_at, most, total); break;
+      default: sum = sum_slots<kHeads, parts, 8>(p, from, largest_at, total_at, most, total);
     }
     if (local + 4 >= end) cluster_arrive();
     leave(p, row, head, channel, sum, most, total, pass * kHeads + local);

@@ -20,6 +20,12 @@ DSV4_D Part part_anew(const AttentionParams& p, int number) {
   return part;
 }
 
+// Tells the L2 cache that an entry will be copied.
+DSV4_D void announce(const AttentionParams& p, const Entry& entry) {
+  if (entry.data == nullptr) return;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(entry.data), "r"(p.entry_bytes) : "memory");
+}
+
 // What the merge will need: the angles, and the sinks of the CTA's heads.
 DSV4_D void load_constants(const AttentionParams& p, int row, int heads) {
   for (int i = threadIdx.x; i < p.rope / 2; i += blockDim.x) {

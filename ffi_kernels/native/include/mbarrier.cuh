@@ -17,6 +17,9 @@ DSV4_D void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
 // What this thread initialised, for the cluster and the async proxy; a barrier of the CTA or cluster must follow.
 DSV4_D void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+// One arrival, which orders what this thread has done.
+DSV4_D void mbarrier_arrive(uint32_t barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+
 // One arrival, on a barrier of any CTA of the cluster. It orders only what a fence before it has ordered: with
 // tensor_fence_before (tcgen05.cuh) this thread's accesses of tensor memory, and none of other memory.
 DSV4_D void mbarrier_arrive_relaxed(uint32_t barrier) {

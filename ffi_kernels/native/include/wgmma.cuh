@@ -8,10 +8,10 @@
 
 namespace dsv4 {
 
-// A matrix in shared memory from `address` on: `group_bytes` from 8 rows to the next 8, and where the rows are along k `block_bytes`
-// from 128 bytes of a row to the next 128. Above its 18 bits an address has the CTA's rank in the cluster.
-DSV4_D uint64_t swizzled_matrix(uint32_t address, uint32_t group_bytes, uint32_t block_bytes = 16) {
-  return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(block_bytes >> 4) << 16 | uint64_t(group_bytes >> 4) << 32 | uint64_t(1) << 62;
+// A matrix in shared memory from `address` on, of at most 128 bytes to a row where the rows are along k: `group_bytes` from 8 rows to
+// the next 8. Above its 18 bits an address has the CTA's rank in the cluster.
+DSV4_D uint64_t swizzled_matrix(uint32_t address, uint32_t group_bytes) {
+  return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(group_bytes >> 4) << 32 | uint64_t(1) << 62;
 }
 
 // The matrix that begins so many bytes later.
@@ -37,7 +37,6 @@ DSV4_D void pin(float (&x)[count]) {
 
 #define DSV4_4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
 #define DSV4_20(x, i) DSV4_4(x, i), DSV4_4(x, i + 4), DSV4_4(x, i + 8), DSV4_4(x, i + 12), DSV4_4(x, i + 16)
-#define DSV4_64(x) DSV4_20(x, 0), DSV4_20(x, 20), DSV4_20(x, 40), DSV4_4(x, 60)
 
 // sum[64 x 40] = (adds ? sum : 0) + a[64 x 16] b[40 x 16]^T in bf16, both along k.
 DSV4_D void product_64x40(float (&sum)[20], uint64_t a, uint64_t b, bool adds) {
@@ -48,19 +47,16 @@ DSV4_D void product_64x40(float (&sum)[20], uint64_t a, uint64_t b, bool adds) {
       : "l"(a), "l"(b), "r"(int(adds)));
 }
 
-// sum[64 x 128] += a[64 x 16] b[16 x 128] in bf16; the rows of b are along k.
-DSV4_D void product_64x128(float (&sum)[64], const uint32_t (&a)[4], uint64_t b) {
+// sum[64 x 32] = (adds ? sum : 0) + a[64 x 16] b[16 x 32] in bf16; the rows of b are along k.
+DSV4_D void product_64x32(float (&sum)[16], const uint32_t (&a)[4], uint64_t b, bool adds) {
   asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "
-      "%28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, "
-      "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-      : DSV4_64(sum)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+      "{\n .reg .pred p;\n setp.ne.b32 p, %21, 0;\n wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 1;\n}"
+      : DSV4_4(sum, 0), DSV4_4(sum, 4), DSV4_4(sum, 8), DSV4_4(sum, 12)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(adds)));
 }
 
 #undef DSV4_4
 #undef DSV4_20
-#undef DSV4_64
 
 }  // namespace dsv4
