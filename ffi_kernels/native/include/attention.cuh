@@ -49,7 +49,7 @@ struct AttentionParams {
   int32_t turns, chain;               // images that a CTA for 64 heads leaves one after the other; parts of each
   // Offsets in shared memory; entries lie at 0, bf16 [stages][K / 64][80 keys][64 channels], 16-byte chunk i of a row at
   // i ^ (key % 8).
-  int32_t output;                     // fp32 [warps][heads][channels of a warp]; at 0 if the entries are not needed again
+  int32_t output;                     // fp32 [parts of a team][warps][heads][channels of a warp]; at 0 if the entries are not needed again
   int32_t rows;                       // Entry [2][80], of two tiles
   int32_t scores;                     // fp32 [K / 128][heads][kPitch], partial sums over 128 channels
   int32_t weights;                    // bf16 [heads][kPitch]

@@ -92,16 +92,6 @@ struct RowStore {
   }
 };
 
-DSV4_D uint4 load_shared(uint32_t address) {
-  uint4 x;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
-  return x;
-}
-
-DSV4_D void copy_async_8(uint32_t shared_address, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address), "l"(from) : "memory");
-}
-
 // This thread's key of a tile: what the token picked becomes known one step before the entry is located, and that one step before it is
 // copied. All by way of shared memory, because registers are short.
 DSV4_D void ask_for_pick(const AttentionParams& p, const Walk& walk, int key) {
@@ -206,7 +196,7 @@ DSV4_D void decode_tile(const Fetch<kFp8>& role, int number) {
     uint4 raw[2][role.kWords];
 #pragma unroll
     for (int i = 0; i < 2 * role.kWords; ++i)
-      raw[i / role.kWords][i % role.kWords] = load_shared(role.raw(own, i % role.kWords) + (m + i / role.kWords * 8) * kRowBytes);
+      raw[i / role.kWords][i % role.kWords] = load16(role.raw(own, i % role.kWords) + (m + i / role.kWords * 8) * kRowBytes);
     __syncwarp();  // every lane has read its part of the raw rows
 #pragma unroll
     for (int i = 0; i < 2; ++i) role.decode(store, m + 8 * i, of.own_key, raw[i]);
@@ -216,7 +206,7 @@ DSV4_D void decode_tile(const Fetch<kFp8>& role, int number) {
 #pragma unroll
     for (int m = 0; m < kShared; ++m)
 #pragma unroll
-      for (int i = 0; i < role.kWords; ++i) late[m][i] = load_shared(role.raw(shared, i) + 8 * m * kRowBytes);
+      for (int i = 0; i < role.kWords; ++i) late[m][i] = load16(role.raw(shared, i) + 8 * m * kRowBytes);
     __syncwarp();
   } else {
     mbarrier_wait(address_in_shared(kEmpty), (number - 1) & 1);

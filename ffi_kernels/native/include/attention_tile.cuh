@@ -10,6 +10,10 @@ DSV4_D void copy_async_4(uint32_t shared_address, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address), "l"(from) : "memory");
 }
 
+DSV4_D void copy_async_8(uint32_t shared_address, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address), "l"(from) : "memory");
+}
+
 // The part, computed where it is needed: kept in registers it would make the products spill.
 DSV4_D Part part_anew(const AttentionParams& p, int number) {
   int row = blockIdx.z;

@@ -30,6 +30,12 @@ DSV4_D void load_matrices_transposed(uint32_t (&out)[4], uint32_t shared_address
                : "memory");
 }
 
+DSV4_D uint4 load16(uint32_t shared) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(shared) : "memory");
+  return x;
+}
+
 // 16 bytes to shared memory, past L1; zeros (and no read) where `present` is false.
 DSV4_D void copy_async_16(uint32_t shared_address, const void* from, bool present) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address), "l"(from), "r"(present ? 16 : 0) : "memory");

@@ -184,12 +184,6 @@ struct Columns {
   uint32_t scale;  // FP8: [ceil(K / 128), 8] fp32, at column 2 * (lane % 4); other forms have none
 };
 
-DSV4_D uint4 load16(uint32_t shared) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(shared) : "memory");
-  return x;
-}
-
 DSV4_D void store16(uint32_t shared, const uint4& x) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
