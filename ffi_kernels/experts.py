@@ -1,4 +1,4 @@
-"""The experts of a MoE for few tokens: contract, checks, dispatch, and the two native launches (`experts.cu`).
+"""The experts of a MoE for few tokens: contract, checks, dispatch, and the native launches (`experts.cu`): two for one token, else three.
 
 Not here: which experts a token picks (`router.py`); prompts, whose tokens pass every expert in turn (dsv4_jax).
 """
@@ -149,24 +149,24 @@ def _fixed_bytes(products: int) -> int:
     return tile.RING_BYTES + products * tile.PARTIAL_BYTES
 
 
-def _refuse(columns: str, shared: int):
+def _columns(rows: int, k: int, products: int) -> tuple[int, int]:
+    """(tokens of an expert at once, as many as fit; shared bytes), where each has a column of K elements."""
+    fixed = _fixed_bytes(products) + (GROUPS_BYTES + 4 * tile.COLUMNS + 15) // 16 * 16
+    for most in (8, 4, 2, 1):
+        columns = min(rows, most)
+        shared = fixed + tile.column_space_bytes(k, columns)
+        if shared <= MAX_SHARED_BYTES:
+            return columns, shared
     raise ValueError(
-        f"experts on {current()} needs {shared} bytes of shared memory for {columns}, a CTA has {MAX_SHARED_BYTES}; "
-        "use fewer tokens per step or backend('xla')."
+        f"experts on {current()} needs {shared} bytes of shared memory for inputs of {k} elements, a CTA has {MAX_SHARED_BYTES}; "
+        "use backend('xla')."
     )
 
 
 def _up(x, kinds: list[_Kind], ids, weights, experts_: int, limit: float) -> list[jax.Array]:
     """h bf16 [R, X, F], and [R, F'] of the shared expert."""
     rows, hidden = x.shape
-    groups = (GROUPS_BYTES + 4 * tile.COLUMNS + 15) // 16 * 16
-    for most in (8, 4, 2, 1):  # as many tokens of an expert at once as fit
-        columns = min(rows, most)
-        shared = _fixed_bytes(2) + groups + tile.column_space_bytes(hidden, columns)
-        if shared <= MAX_SHARED_BYTES:
-            break
-    else:
-        _refuse(f"inputs of D = {hidden}", shared)
+    columns, shared = _columns(rows, hidden, 2)
     shares = _shares(kinds, 2, lambda k, groups: -(-k.tiles * groups // TYPICAL_CTAS))
     apart = _apart(kinds, rows, ids.shape[1], 3 * tile.padded(hidden))
     h = [jax.ShapeDtypeStruct((rows, ids.shape[1], kinds[0].n), jnp.bfloat16)]
@@ -186,34 +186,33 @@ def _up(x, kinds: list[_Kind], ids, weights, experts_: int, limit: float) -> lis
 
 def _down(h: list, kinds: list[_Kind], ids, weights, experts_: int, dtype) -> jax.Array:
     rows, slots = ids.shape
-    hidden = kinds[0].n
-    ctas = min(tile.CTAS[current()], kinds[0].tiles)
-    of_cta = -(-kinds[0].tiles // ctas)
-    fixed = (GROUPS_BYTES + 15) // 16 * 16 + of_cta * rows * (slots + 1) * tile.TILE_ROWS * 4
-    for largest in (8, 4, 2, 1):  # tokens of an expert at once: as many as leave room for some experts
-        columns = min(rows, largest)
-        space = max(tile.column_space_bytes(k.k, columns) for k in kinds)
-        most = rows * slots + (-(-rows // columns) if len(kinds) > 1 else 0)
-        per_group = space + 4 * tile.COLUMNS
-        batch = min(most, (MAX_SHARED_BYTES - _fixed_bytes(1) - fixed) // per_group)
-        if batch >= min(most, 4):
-            break
-    if batch < 1:
-        _refuse(f"inputs of F = {kinds[0].k}", _fixed_bytes(1) + fixed + per_group)
-    shared = _fixed_bytes(1) + fixed + batch * per_group
+    hidden, tiles, widest = kinds[0].n, kinds[0].tiles, max(k.k for k in kinds)
+    ctas = min(tile.CTAS[current()], tiles)  # of one token
+    of_cta = -(-tiles // ctas)
+    space = tile.column_space_bytes(widest, 1)
+    of_token = _fixed_bytes(1) + (GROUPS_BYTES + 15) // 16 * 16 + (slots + 1) * (of_cta * tile.TILE_ROWS * 4 + 4 * tile.COLUMNS + space)
+    staged = sum(tile.padded(k.k) * count for k, count in zip(kinds, (slots, 1), strict=False))
+    apart = of_token <= MAX_SHARED_BYTES and _apart(kinds, rows, slots, staged)
+    columns, shared = (1, of_token) if apart else _columns(rows, widest, 1)
     shares = _shares(kinds, 1, lambda k, groups: -(-k.tiles // TYPICAL_CTAS) * groups)
-    apart = batch == most and _apart(kinds, rows, slots, sum(tile.padded(k.k) * count for k, count in zip(kinds, (slots, 1), strict=False)))
-    return launch(
+    out = jax.ShapeDtypeStruct((rows, hidden), dtype)
+    products = launch(
         "experts", "experts", f"experts_down_{_name(kinds, apart)}",
-        grid=(ctas, 1, 1), block=32 * tile.WARPS, shared_bytes=shared,
+        grid=(ctas if apart else tile.CTAS[current()], 1, 1), block=32 * tile.WARPS, shared_bytes=shared,
         inputs=[*h, ids, weights, *_arrays(kinds, 1)], early=[2, 3],
-        outputs=[jax.ShapeDtypeStruct((rows, hidden), dtype)],
+        outputs=[out if apart else jax.ShapeDtypeStruct((rows, slots + 1, hidden), jnp.float32)],
         scalars=[
             rows, slots, experts_, hidden, columns,
             *_each(kinds, lambda k: k.format), *_each(kinds, lambda k: k.k),
             *shares.splits, shares.routed_warps,
-            batch, of_cta, space, int(dtype == jnp.bfloat16),
+            of_cta, space, int(dtype == jnp.bfloat16),
         ],
+    )[0]  # fmt: skip
+    if apart:
+        return products
+    return launch(
+        "experts", "experts", "experts_sum", grid=(-(-hidden // 128), rows, 1), block=128, inputs=[products, weights], outputs=[out],
+        scalars=[slots, hidden, int(len(kinds) > 1), int(dtype == jnp.bfloat16)],
     )[0]  # fmt: skip
 
 

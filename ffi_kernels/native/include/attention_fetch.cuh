@@ -63,11 +63,6 @@ DSV4_D void bar_sync(int threads) {
   asm volatile("bar.sync %0, %1;" ::"n"(number), "r"(threads) : "memory");
 }
 
-DSV4_D void arrive_as_warp(uint32_t barrier) {
-  __syncwarp();
-  if (lane_id() == 0) mbarrier_arrive(address_in_shared(barrier));
-}
-
 // Channels 16 c .. 16 c + 15 of a row of a slice, g being its number modulo 8: k step j of the products with K has channels
 // 16 c + 4 j .. + 3 of all c, as in cuda/attention.cu, so these four stand at 16 j + 4 c (and come back in `join_slots`). Rows that
 // are odd begin with the second half of the steps, which `words` has in front: no bank conflicts.
@@ -214,7 +209,7 @@ DSV4_D void decode_tile(const Fetch<kFp8>& role, int number) {
 #pragma unroll
   for (int m = 0; m < kShared; ++m) role.decode(store_shared, 8 * m, of.shared_key, late[m]);
   fence_async();
-  arrive_as_warp(kFull);
+  mbarrier_arrive(address_in_shared(kFull));
 }
 
 // Leaves one tile after the other in shared memory. `entry`: this thread's of the first one, of which all rows are free.

@@ -21,6 +21,13 @@ struct ExpertsUpParams {
   int tiles[2];                // of a matrix
   int routed_warps;            // see own_kind
   float limit;
+
+  DSV4_D bool has_shared() const { return w[1][0] != nullptr; }
+  DSV4_D int tiles_of(int of_kind) const { return tiles[of_kind]; }
+  template <uint32_t kinds>
+  DSV4_D WeightRows rows_of(int of_kind, int matrix, int expert, int row) const {
+    return weight_rows<kinds>(format_of(kind[of_kind]), w[of_kind][matrix], scale[of_kind][matrix], expert, width[of_kind], hidden, row);
+  }
 };
 
 // All warps of a CTA serve first the shared expert and then the others. Or they serve one token, `apart`: all groups have inputs of
@@ -30,12 +37,12 @@ DSV4_D Team own_team(int kind, int split_log2, int routed_warps) {
   return kind ? Team{split_log2, routed_warps, kTileWarps - routed_warps} : Team{split_log2, 0, routed_warps};
 }
 
-// Tiles of 16 rows of gate and of up, group after group: a CTA has a run of those of the shared expert, which it may copy before the
-// groups are known, and a run of the others. Teams take turns, within a group where the inputs of groups differ.
-template <uint32_t kinds, bool apart>
-struct UpWalk {
-  static_assert(!apart, "has an own walk");
-  const ExpertsUpParams& p;
+// Tiles of 16 rows, group after group, each of `kMatrices` matrices (gate and up, or down): a CTA has a run of those of the shared expert,
+// which it may copy before the groups are known, and a run of the others. Teams take turns, within a group where the inputs of groups
+// differ. `Params` has tiles_of(kind) and rows_of.
+template <uint32_t kinds, int kMatrices, class Params>
+struct GroupWalk {
+  const Params& p;
   const Groups& groups;
   const int shared;                   // groups of the shared expert
   bool known = false;                 // the other groups
@@ -43,25 +50,24 @@ struct UpWalk {
   int begin = 0, end = 0;             // its tiles
   int tile = 0, limit = 0, teams = 0;
   int row = 0;                        // of the present tile
-  int half = 1;                       // 0: gate, 1: up
+  int part = kMatrices - 1;           // which of the matrices: 0 gate, 1 up
 
-  DSV4_D UpWalk(const ExpertsUpParams& params, const Groups& found)
-      : p(params), groups(found), shared(shared_groups(p.w[1][0] != nullptr, p.rows, p.columns)) {}
+  DSV4_D GroupWalk(const Params& params, const Groups& found) : p(params), groups(found), shared(shared_groups(p.has_shared(), p.rows, p.columns)) {}
 
   DSV4_D bool next_run() {
     if (kind == 0 || (kind == 1 && !known)) return false;
     --kind;
-    const int first = kind ? 0 : shared;
-    const uint32_t all = (kind ? shared : groups.all - shared) * p.tiles[kind];
+    const int first = kind ? 0 : shared, tiles = p.tiles_of(kind);
+    const uint32_t all = (kind ? shared : groups.all - shared) * tiles;
     begin = int(all * blockIdx.x / gridDim.x);
     end = int(all * (blockIdx.x + 1) / gridDim.x);
-    group = first + (begin < end ? begin / p.tiles[kind] : 0) - 1;
-    last = begin < end ? first + (end - 1) / p.tiles[kind] : group;
+    group = first + (begin < end ? begin / tiles : 0) - 1;
+    last = begin < end ? first + (end - 1) / tiles : group;
     return true;
   }
 
   // The first tile of the present group, counted as those of its run are.
-  DSV4_D int first_tile() const { return (kind ? group : group - shared) * p.tiles[kind]; }
+  DSV4_D int first_tile() const { return (kind ? group : group - shared) * p.tiles_of(kind); }
 
   DSV4_D Team team() const { return {p.split_log2[kind]}; }
 
@@ -71,7 +77,7 @@ struct UpWalk {
       if (!next_run()) return false;
     }
     ++group;
-    limit = min(end, first_tile() + p.tiles[kind]);
+    limit = min(end, first_tile() + p.tiles_of(kind));
     teams = team().count();
     tile = max(begin, first_tile()) + team().index() - teams;
     return true;
@@ -84,26 +90,31 @@ struct UpWalk {
     return true;
   }
 
-  DSV4_D Segment segment(int of_up) const {
-    return {weight_rows<kinds>(format_of(p.kind[kind]), p.w[kind][of_up], p.scale[kind][of_up], kind ? 0 : groups.matrix[group], p.width[kind], p.hidden, row), team().rank(), 1 << p.split_log2[kind]};
+  DSV4_D Segment segment(int of) const {
+    return {p.template rows_of<kinds>(kind, of, kind ? 0 : groups.matrix[group], row), team().rank(), 1 << p.split_log2[kind]};
   }
 
   DSV4_D bool next(Segment& s) {
-    half ^= 1;
-    if (half == 0) {
+    if (++part == kMatrices) {
+      part = 0;
       while (teams == 0 || !next_tile()) {
         if (!next_group()) {
-          half = 1, teams = 0;
+          part = kMatrices - 1, teams = 0;
           return false;
         }
       }
     }
-    s = segment(half);
+    s = segment(part);
     return true;
   }
 };
 
-// The same for one token: the tiles of one kind, whatever their group.
+template <uint32_t kinds, bool apart>
+struct UpWalk : GroupWalk<kinds, 2, ExpertsUpParams> {
+  using GroupWalk<kinds, 2, ExpertsUpParams>::GroupWalk;
+};
+
+// The tiles of gate and up of one kind for one token, whatever their group.
 template <uint32_t kinds>
 struct UpWalk<kinds, true> {
   const ExpertsUpParams& p;
@@ -143,7 +154,7 @@ struct UpWalk<kinds, true> {
   }
 
   DSV4_D Segment segment(int of_up) const {
-    return {weight_rows<kinds>(format_of(p.kind[kind]), p.w[kind][of_up], p.scale[kind][of_up], kind || !picked ? 0 : groups.matrix[group], p.width[kind], p.hidden, row), team().rank(), 1 << p.split_log2[kind]};
+    return {p.rows_of<kinds>(kind, of_up, kind || !picked ? 0 : groups.matrix[group], row), team().rank(), 1 << p.split_log2[kind]};
   }
 
   DSV4_D bool next(Segment& s) {
@@ -164,16 +175,30 @@ struct ExpertsDownParams {
   const uint8_t* w[2];         // [E or 1, D, F] in its format; null without a shared expert
   const uint8_t* scale[2];     // or null
   const float* global[2];      // fp32 [E or 1], or null
-  void* out;                   // [R, D] fp32 or bf16
+  void* out;                   // of one token [1, D] fp32 or bf16; of several each product by itself, fp32 [R, X + 1, D]
   int rows, slots, experts, hidden;  // R, X, E, D
   int columns;                 // tokens of a group, at most 8
   int kind[2], width[2];
   int split_log2[2];           // of the warps of a team
+  // For one token:
   int routed_warps;            // see own_kind
-  int batch;                   // groups whose inputs are in shared memory at once
   int tiles;                   // of 16 rows of D, of a CTA, at most
   int space;                   // bytes of one group's columns
   int out_bf16;
+
+  DSV4_D bool has_shared() const { return w[1] != nullptr; }
+  DSV4_D int tiles_of(int) const { return (hidden + kTileRows - 1) / kTileRows; }
+  template <uint32_t kinds>
+  DSV4_D WeightRows rows_of(int of_kind, int, int expert, int row) const {
+    return weight_rows<kinds>(format_of(kind[of_kind]), w[of_kind], scale[of_kind], expert, hidden, width[of_kind], row);
+  }
+};
+
+struct ExpertsSumParams {
+  const float* products;  // fp32 [R, X + 1, D]: of each slot, and of the shared expert
+  const float* weights;   // fp32 [R, X]
+  void* out;              // [R, D] fp32 or bf16
+  int slots, hidden, shared, out_bf16;
 };
 
 // The tiles of 16 rows of D that a CTA has.
@@ -183,70 +208,9 @@ DSV4_D void own_tiles(const ExpertsDownParams& p, int& begin, int& tiles) {
   tiles = int(uint32_t(all) * (blockIdx.x + 1) / gridDim.x) - begin;
 }
 
-// 16 rows of D of one group's matrix after the other: batch of groups by batch, in a batch first the groups of the shared expert, then
-// the others; in each part tile by tile. Teams take turns.
-template <uint32_t kinds, bool apart>
-struct DownWalk {
-  static_assert(!apart, "has an own walk");
-  const ExpertsDownParams& p;
-  const Groups& groups;
-  const int shared;             // groups of the shared expert
-  int begin, tiles;             // tiles of this CTA
-  int batch = 0, kind = 2;      // of the present part, two of a batch: the kind of its groups
-  int first = 0, count = 0, job = 0, jobs = 0, teams = 0;
-  int group = 0, tile = 0;      // of the present job
-
-  DSV4_D DownWalk(const ExpertsDownParams& params, const Groups& found)
-      : p(params), groups(found), shared(shared_groups(p.w[1] != nullptr, p.rows, p.columns)) {
-    own_tiles(p, begin, tiles);
-  }
-
-  DSV4_D Team team() const { return {p.split_log2[kind]}; }
-  DSV4_D int groups_of_batch() const { return min(p.batch, groups.all - batch * p.batch); }
-
-  DSV4_D bool next_part() {
-    if (kind == 0) return false;
-    --kind;
-    const int low = batch * p.batch, high = low + p.batch;
-    first = kind ? low : max(low, shared);
-    count = max(min(high, kind ? shared : groups.all) - first, 0);
-    teams = team().count();
-    jobs = tiles * count;
-    job = team().index() - teams;
-    return true;
-  }
-
-  DSV4_D bool next_batch() {
-    ++batch;
-    kind = 2;
-    return batch * p.batch < groups.all;
-  }
-
-  DSV4_D bool next_job() {
-    job += teams;
-    if (job >= jobs) return false;
-    tile = job / count;
-    group = first + job - tile * count;
-    return true;
-  }
-
-  DSV4_D Segment segment() const {
-    return {weight_rows<kinds>(format_of(p.kind[kind]), p.w[kind], p.scale[kind], kind ? 0 : groups.matrix[group], p.hidden, p.width[kind], (begin + tile) * kTileRows), team().rank(), 1 << p.split_log2[kind]};
-  }
-
-  DSV4_D bool next(Segment& s) {
-    while (kind == 2 || !next_job()) {
-      if (next_part()) continue;
-      if (!next_batch()) return false;
-    }
-    s = segment();
-    return true;
-  }
-};
-
-// The same for one token: the groups of one kind.
+// For one token: 16 rows of D of one matrix of a kind after the other, tile by tile. Teams take turns.
 template <uint32_t kinds>
-struct DownWalk<kinds, true> {
+struct DownWalk {
   const ExpertsDownParams& p;
   const Groups& groups;
   const int kind, teams, count;  // groups
@@ -275,7 +239,7 @@ struct DownWalk<kinds, true> {
   }
 
   DSV4_D Segment segment() const {
-    return {weight_rows<kinds>(format_of(p.kind[kind]), p.w[kind], p.scale[kind], kind ? 0 : groups.matrix[group], p.hidden, p.width[kind], (begin + tile) * kTileRows), team().rank(), 1 << p.split_log2[kind]};
+    return {p.rows_of<kinds>(kind, 0, kind ? 0 : groups.matrix[group], (begin + tile) * kTileRows), team().rank(), 1 << p.split_log2[kind]};
   }
 
   DSV4_D bool next(Segment& s) {

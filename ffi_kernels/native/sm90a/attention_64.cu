@@ -229,7 +229,7 @@ DSV4_D void multiply_tiles(const AttentionParams& p, int row, int first_head, Wa
       for (int i = 0; i < 2; ++i)
         all.largest[i] = link[i].largest, all.total[i] = linked(all.total[i], link[i].before, part.total[i], link[i].own);
     }
-    if (more) arrive_as_warp(kEmpty);
+    if (more) mbarrier_arrive(address_in_shared(kEmpty));
     if (kChained ? ++links == p.chain : walk.tile + 1 == walk.tiles) {
       store_output(role, p.partial + image * kImage, out);
       if (role.half == 0 && role.c == 0)
@@ -253,8 +253,8 @@ DSV4_D void attend(const AttentionParams& p) {
   const int start = load_now(p.start + sequence), length = load_now(p.length + sequence);
   if (token >= length) return;  // decode_attention_join_64 does it
   if (threadIdx.x == 0) {
-    mbarrier_init(address_in_shared(kFull), kFetch / 32);
-    mbarrier_init(address_in_shared(kEmpty), kMultiply / 32);
+    mbarrier_init(address_in_shared(kFull), kFetch);  // threads: of one for a warp, racecheck does not see that it speaks for the others
+    mbarrier_init(address_in_shared(kEmpty), kMultiply);
     mbarrier_init_fence();
   }
   const Walk walk(p, token, start, chain * first_slot, chain * p.turns);
