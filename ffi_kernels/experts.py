@@ -57,7 +57,7 @@ SLOTS = 128  # picks of all tokens of a launch
 STAGED = 6 * 4096  # elements of the inputs that experts_down stages for one token; experts_up a third of them
 # One token's step on one machine, for which the work is split: the order of the sums must depend on neither routing nor machine.
 TYPICAL_GROUPS, TYPICAL_CTAS = (6, 1), 132  # matrices of the routed experts and of the shared one
-GROUPS_BYTES = 3 * 4 * SLOTS + (SLOTS + MAX_ROWS) * (4 + 4 + tile.COLUMNS) + 8  # Groups of expert_groups.cuh
+GROUPS_BYTES = 3 * 4 * SLOTS + (SLOTS + MAX_ROWS) * (4 + 4 + tile.COLUMNS) + 16  # Groups of expert_groups.cuh
 
 
 @dataclasses.dataclass(frozen=True)

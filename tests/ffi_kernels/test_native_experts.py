@@ -105,16 +105,18 @@ def test_ragged_sizes(backend, recipe, sizes):
 
 PATTERNS = {
     "all on one": lambda ids: np.full_like(ids, 4),
-    "one slot each": lambda ids: np.broadcast_to(np.array([1, 5], np.int32), ids.shape),
+    "one slot each": lambda ids: np.broadcast_to(np.array([1, 5, 0], np.int32)[: ids.shape[1]], ids.shape),
     "repeated": lambda ids: np.repeat(ids[:, :1], ids.shape[1], 1),
     "outside": lambda ids: np.where(np.arange(ids.size).reshape(ids.shape) % 2, np.int32(2**31 - 1), np.int32(-(2**31))),
 }
 
 
-@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("rows, slots", [(1, 2), (9, 2), (13, 3)])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_routing_patterns(backend, pattern, rows):
-    ids, weights = routing(rows, 2, 6)
+def test_routing_patterns(backend, pattern, rows, slots):
+    """Up to 32 slots one warp finds the groups, of more all of them do."""
+    ids, weights = routing(rows, slots, 6)
+    weights[rows // 2, 0] = 0.0 if rows > 1 else weights[0, 0]
     check(made("nvfp4", rows), np.ascontiguousarray(PATTERNS[pattern](ids)), weights)
 
 

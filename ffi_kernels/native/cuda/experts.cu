@@ -73,10 +73,16 @@ DSV4_D void experts_up(const ExpertsUpParams& p) {
   uint8_t* inputs = reinterpret_cast<uint8_t*>(&groups) + (sizeof(Groups) + kColumns * 4 + 15) / 16 * 16;
 
   touch_params(p);
+  if constexpr (!apart) {
+    wait_and_let_next_start();
+    const uint32_t touched = touch(p.x, int64_t(p.rows) * p.hidden * 2);
+    find_groups(groups, p.ids, p.weights, p.rows, p.slots, p.experts, p.has_shared(), p.columns);
+    keep(touched);
+  }
   UpWalk<kinds, apart> walk(p, groups);
   if constexpr (apart) walk.place(walk.kind ? 1 : p.slots);  // right if all slots count
   Ring<kinds, whole, UpWalk<kinds, apart>, kAhead> ring(walk, shared + warp_id() * kRing * kSlot);
-  ring.start(apart && walk.kind, apart && !walk.kind ? 0 : kAhead);  // of the shared expert; the others only find their place
+  if constexpr (apart) ring.start(walk.kind, walk.kind ? kAhead : 0);  // of the shared expert; the others only find their place
   int parity = 0;
   // The rows that the walk stands at, of gate and up, for each token of its group.
   const auto tile = [&](const Team& team, const ColumnSpace& space, int count) {
@@ -140,11 +146,6 @@ DSV4_D void experts_up(const ExpertsUpParams& p) {
     while (walk.next_tile()) tile(team, space, 1);
     if (walk.kind) wait_for_previous();
   } else {
-    wait_and_let_next_start();
-    const uint32_t touched = touch(p.x, int64_t(p.rows) * p.hidden * 2);
-    find_groups(groups, p.ids, p.weights, p.rows, p.slots, p.experts, p.has_shared(), p.columns);
-    keep(touched);
-    walk.known = ring.walk.known = true;
     serve_groups<1>(
         walk, groups, inputs, amax, p.columns, p.rows * p.hidden * 2 > kTouched, parity, [&] { ring.start(true); },
         [&](int kind) { return InputRows{p.x, nullptr, nullptr, p.hidden, form_of<kinds>(p.kind[kind])}; },
@@ -265,7 +266,6 @@ DSV4_D void experts_down(const ExpertsDownParams& p) {
   find_groups(groups, p.ids, p.weights, p.rows, p.slots, p.experts, p.has_shared(), p.columns);
   using Walk = GroupWalk<kinds, 1, ExpertsDownParams>;
   Walk walk(p, groups);
-  walk.known = true;
   Ring<kinds, whole, Walk, kAhead> ring(walk, shared + warp_id() * kRing * kSlot);
   ring.start(true);
   wait_for_previous();

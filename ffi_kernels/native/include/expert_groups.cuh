@@ -14,10 +14,10 @@ constexpr int kMaxSlots = 128;                            // tokens * experts pe
 constexpr int kMaxTokens = 16;
 constexpr int kMaxGroups = kMaxSlots + kMaxTokens;
 
-struct Groups {
+struct alignas(16) Groups {
   float weight[kMaxSlots];              // of each slot, as given
   int key[kMaxSlots];                   // expert and repetition, -1 for a slot of weight zero
-  int starts[kMaxSlots];                // whether the slot is the first of its group
+  int starts[kMaxSlots];                // number of the group, if the slot is its first, else -1
   int matrix[kMaxGroups];               // expert; 0 for the shared one
   int count[kMaxGroups];
   uint8_t member[kMaxGroups][kColumns]; // slot r * slots + x; of the shared expert's groups token r
@@ -85,42 +85,53 @@ DSV4_D void find_picks(Groups& g, const int* ids, const float* weights, int slot
   }
 }
 
+// Four neighbouring threads: the sum of what they have; use(q, words[q]) for every q < count, each by one of them.
+DSV4_D int sum_of_four(int x) {
+  x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
+  return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+}
+template <class Use>
+DSV4_D void each_of_four(const int (&words)[kMaxSlots], int count, int part, const Use& use) {
+  for (int q = 4 * part; q < count; q += 16) {
+    const int4 four = reinterpret_cast<const int4*>(words)[q / 4];
+    use(q, four.x), use(q + 1, four.y), use(q + 2, four.z), use(q + 3, four.w);
+  }
+}
+
 // All threads of the CTA. ids int32, weights fp32 [rows, slots], of `experts` experts; ids outside are clipped.
 DSV4_D void find_groups(Groups& g, const int* ids, const float* weights, int rows, int slots, int experts, bool shared, int columns) {
+  static_assert(kTileThreads == 4 * kMaxSlots);
   const int t = threadIdx.x, pairs = rows * slots, of_shared = shared_groups(shared, rows, columns);
   if (pairs <= 32) return find_few_groups(g, ids, weights, rows, slots, experts, of_shared, columns);
-  int expert = -1;
-  if (t < pairs) {
-    g.weight[t] = early(weights + t);
-    expert = g.weight[t] != 0.0f ? min(max(early(ids + t), 0), experts - 1) : -1;
-    g.key[t] = expert;
-  }
+  const int slot = t / 4, part = t % 4;  // four threads to a slot: each looks at every fourth of the others
+  const bool there = slot < pairs, one = part == 0;
+  const float weight = there ? early(weights + slot) : 0.0f;
+  const int expert = weight != 0.0f ? min(max(early(ids + slot), 0), experts - 1) : -1;
+  if (one) g.weight[slot] = weight, g.key[slot] = expert;
   for (int i = t; i < kMaxGroups; i += kTileThreads) g.count[i] = 0;
   __syncthreads();
   int repeats = 0;  // an expert that a token picked twice is another group for the second time
-  if (t < pairs) {
-    for (int q = t / slots * slots; q < t; ++q) repeats += g.key[q] == expert;
-  }
+  for (int q = slot / slots * slots + part; q < slot; q += 4) repeats += g.key[q] == expert;
+  repeats = sum_of_four(repeats);
+  const int key = expert < 0 ? -1 : expert + repeats * experts;
   __syncthreads();
-  if (t < pairs && expert >= 0) g.key[t] = expert + repeats * experts;
+  if (one) g.key[slot] = key;
   __syncthreads();
-  int rank = 0, first = t;
-  if (t < pairs && expert >= 0) {
-    const int key = expert + repeats * experts;
-    for (int q = 0; q < t; ++q) {
-      if (g.key[q] != key) continue;
-      if (rank % columns == 0) first = q;
-      ++rank;
-    }
-    if (rank % columns == 0) first = t;
-  }
-  const bool starts = t < pairs && expert >= 0 && first == t;
-  if (t < pairs) g.starts[t] = starts;
-  const int routed = __syncthreads_count(starts);
-  if (t < pairs && expert >= 0) {
-    int group = of_shared;
-    for (int q = 0; q < first; ++q) group += g.starts[q];
-    g.member[group][rank % columns] = uint8_t(t);
+  int rank = 0;
+  each_of_four(g.key, pairs, part, [&](int q, int other) { rank += q < slot && other == key; });
+  rank = sum_of_four(rank);
+  const int id = key * kMaxSlots + rank / columns;  // of the group
+  const bool starts = expert >= 0 && rank % columns == 0;
+  if (one) g.starts[slot] = starts ? id : -1;
+  const int routed = __syncthreads_count(starts && one);
+  int first = 0, before = 0;
+  each_of_four(g.starts, pairs, part, [&](int q, int other) { first += other == id ? q : 0; });
+  first = sum_of_four(first);
+  each_of_four(g.starts, pairs, part, [&](int q, int other) { before += q < first && other >= 0; });
+  before = sum_of_four(before);
+  if (one && expert >= 0) {
+    const int group = of_shared + before;
+    g.member[group][rank % columns] = uint8_t(slot);
     atomicAdd(&g.count[group], 1);
     if (starts) g.matrix[group] = expert;
   }

@@ -37,37 +37,40 @@ DSV4_D Team own_team(int kind, int split_log2, int routed_warps) {
   return kind ? Team{split_log2, routed_warps, kTileWarps - routed_warps} : Team{split_log2, 0, routed_warps};
 }
 
-// Tiles of 16 rows, group after group, each of `kMatrices` matrices (gate and up, or down): a CTA has a run of those of the shared expert,
-// which it may copy before the groups are known, and a run of the others. Teams take turns, within a group where the inputs of groups
-// differ. `Params` has tiles_of(kind) and rows_of.
+// Tiles of 16 rows, group after group, each of `kMatrices` matrices (gate and up, or down). A CTA has a run of those of the shared expert,
+// then of the others, most CTAs of only one of the two: as many bytes as the others. Teams take turns, within a group where the inputs of
+// groups differ. `Params` has tiles_of(kind) and rows_of.
 template <uint32_t kinds, int kMatrices, class Params>
 struct GroupWalk {
   const Params& p;
   const Groups& groups;
-  const int shared;                   // groups of the shared expert
-  bool known = false;                 // the other groups
   int kind = 2, group = 0, last = 0;  // of the present run, 2 before the first: the kind of its groups; the present one and the last one
   int begin = 0, end = 0;             // its tiles
   int tile = 0, limit = 0, teams = 0;
   int row = 0;                        // of the present tile
   int part = kMatrices - 1;           // which of the matrices: 0 gate, 1 up
 
-  DSV4_D GroupWalk(const Params& params, const Groups& found) : p(params), groups(found), shared(shared_groups(p.has_shared(), p.rows, p.columns)) {}
+  DSV4_D GroupWalk(const Params& params, const Groups& found) : p(params), groups(found) {}
+
+  DSV4_D uint32_t cost(int of_kind) const { return units_of(p.template rows_of<kinds>(of_kind, 0, 0, 0)); }
 
   DSV4_D bool next_run() {
-    if (kind == 0 || (kind == 1 && !known)) return false;
+    if (kind == 0) return false;
     --kind;
-    const int first = kind ? 0 : shared, tiles = p.tiles_of(kind);
-    const uint32_t all = (kind ? shared : groups.all - shared) * tiles;
-    begin = int(all * blockIdx.x / gridDim.x);
-    end = int(all * (blockIdx.x + 1) / gridDim.x);
+    const int first = kind ? 0 : groups.shared, tiles = p.tiles_of(kind), all = (kind ? groups.shared : groups.all - groups.shared) * tiles;
+    const uint32_t of_shared = groups.shared ? groups.shared * p.tiles_of(1) * cost(1) : 0, own = cost(kind), before = kind ? 0 : of_shared;
+    const uint32_t whole = of_shared + (groups.all - groups.shared) * p.tiles_of(0) * cost(0);
+    // A tile belongs to the share that its first byte lies in.
+    const auto at = [&](uint32_t share) { return min(all, int((max(whole * share / gridDim.x, before) - before + own - 1) / own)); };
+    begin = at(blockIdx.x);
+    end = at(blockIdx.x + 1);
     group = first + (begin < end ? begin / tiles : 0) - 1;
     last = begin < end ? first + (end - 1) / tiles : group;
     return true;
   }
 
   // The first tile of the present group, counted as those of its run are.
-  DSV4_D int first_tile() const { return (kind ? group : group - shared) * p.tiles_of(kind); }
+  DSV4_D int first_tile() const { return (kind ? group : group - groups.shared) * p.tiles_of(kind); }
 
   DSV4_D Team team() const { return {p.split_log2[kind]}; }
 
