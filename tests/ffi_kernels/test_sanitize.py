@@ -108,11 +108,11 @@ def test_nothing_outlives_a_process_that_is_stopped(tmp_path):
 
 
 def test_only_reports_of_known_accesses_are_excused():
-    source = (ROOT / "ffi_kernels" / "native" / "cuda" / "experts.cu").read_text().splitlines()
+    source = (ROOT / "ffi_kernels" / "native" / "include" / "stage.cuh").read_text().splitlines()
     (write, read), = ([1 + next(i for i, line in enumerate(source) if words in line) for words in pair] for pair in sanitize.EXCUSED)  # fmt: skip
     race = lambda first, *others: [  # noqa: E731
-        f"========= Error: Race reported between Write access at f(int)+0xd970 in experts.cu:{first}",
-        *(f"=========     and Read access at f(int)+0x{i} in experts.cu:{at} [4 hazards]" for i, at in enumerate(others)),
+        f"========= Error: Race reported between Write access at f(int)+0xd970 in stage.cuh:{first}",
+        *(f"=========     and Read access at f(int)+0x{i} in stage.cuh:{at} [4 hazards]" for i, at in enumerate(others)),
     ]
     summary = lambda shown: f"========= RACECHECK SUMMARY: {shown} hazards displayed (4 errors, 0 warnings)"  # noqa: E731
     ours, others = [*race(write, read), *race(write, read, read)], [*race(write, read, read + 1), *race(read, read)]
