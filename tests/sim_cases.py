@@ -141,7 +141,7 @@ EXPERTS = {
     "nvfp4": ("nvfp4", "nvfp4", 2, 2, (3, 512, 512, 512)), "ragged": ("nvfp4", "fp8", 3, 2, (6, 128, 256, 128)),
     "batches": ("nvfp4", "nvfp4", 11, 2, (6, 128, 256, 128), 3), "plain batches": ("bf16", "bf16", 11, 2, (6, 48, 128, 40), 3), "ragged bf16": ("bf16", "bf16", 2, 2, (3, 40, 72, 24)),
     "no shared": ("mxfp4", "mxfp4", 2, 3, (6, 128, 128, 0)), "many": ("bf16", "bf16", 12, 3, (6, 48, 128, 40)),
-    "token official": ("mxfp4", "fp8", 1, 3, (5, 512, 512, 512)), "token nvfp4": ("nvfp4", "nvfp4", 1, 3, (5, 512, 512, 256)),
+    "token official": ("mxfp4", "fp8", 1, 3, (5, 512, 512, 512)), "token nvfp4": ("nvfp4", "nvfp4", 1, 3, (5, 512, 512, 512)),
     "token zero": ("nvfp4", "nvfp4", 1, 4, (5, 512, 512, 256)),
     "token bf16": ("bf16", "bf16", 1, 3, (5, 256, 256, 128)), "token ragged": ("nvfp4", "nvfp4", 1, 3, (5, 64, 128, 64)), "token plain": ("bf16", "bf16", 1, 3, (5, 40, 72, 24)), "eight": ("bf16", "bf16", 2, 8, (9, 40, 72, 24)),
 }  # fmt: skip
