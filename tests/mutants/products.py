@@ -58,7 +58,7 @@ MUTANTS = [
         ("no barrier between the experts of the slots and their count", "  __syncthreads();\n  int repeats", "  int repeats", "experts many"),
         ("no barrier before the keys are read", "g.key[slot] = key;\n  __syncthreads();", "g.key[slot] = key;", "experts many"),
         ("no barrier before the keys take the place of the experts", "  __syncthreads();\n  if (one) g.key[slot] = key;", "  if (one) g.key[slot] = key;", "experts many"),
-        ("three of four threads' ranks", "  rank = sum_of_four(rank);\n", "", "experts many"),
+        ("three of four threads' ranks", "  rank = warp_sum<4>(rank);\n", "", "experts many"),
         ("every start is the first of its group", "before += q < first && other >= 0;", "before += q <= first && other >= 0;", "experts many"),
         ("no barrier at the end", "g.all = of_shared + routed;\n  __syncthreads();", "g.all = of_shared + routed;", "experts many"),
         ("a group takes one token too many", "g.member[group][rank % columns] = uint8_t(slot);", "g.member[group][rank % (columns + 1)] = uint8_t(slot);", "experts many"),

@@ -17,7 +17,7 @@ constexpr int kMaxGroups = kMaxSlots + kMaxTokens;
 struct alignas(16) Groups {
   float weight[kMaxSlots];              // of each slot, as given
   int key[kMaxSlots];                   // expert and repetition, -1 for a slot of weight zero
-  int starts[kMaxSlots];                // number of the group, if the slot is its first, else -1
+  int starts[kMaxSlots];                // what names its group (`id`), if the slot is the first there, else -1
   int matrix[kMaxGroups];               // expert; 0 for the shared one
   int count[kMaxGroups];
   uint8_t member[kMaxGroups][kColumns]; // slot r * slots + x; of the shared expert's groups token r
@@ -85,11 +85,7 @@ DSV4_D void find_picks(Groups& g, const int* ids, const float* weights, int slot
   }
 }
 
-// Four neighbouring threads: the sum of what they have; use(q, words[q]) for every q < count, each by one of them.
-DSV4_D int sum_of_four(int x) {
-  x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
-  return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
-}
+// Four neighbouring threads: use(q, words[q]) for every q < count, each by one of them.
 template <class Use>
 DSV4_D void each_of_four(const int (&words)[kMaxSlots], int count, int part, const Use& use) {
   for (int q = 4 * part; q < count; q += 16) {
@@ -112,23 +108,23 @@ DSV4_D void find_groups(Groups& g, const int* ids, const float* weights, int row
   __syncthreads();
   int repeats = 0;  // an expert that a token picked twice is another group for the second time
   for (int q = slot / slots * slots + part; q < slot; q += 4) repeats += g.key[q] == expert;
-  repeats = sum_of_four(repeats);
+  repeats = warp_sum<4>(repeats);
   const int key = expert < 0 ? -1 : expert + repeats * experts;
   __syncthreads();
   if (one) g.key[slot] = key;
   __syncthreads();
   int rank = 0;
   each_of_four(g.key, pairs, part, [&](int q, int other) { rank += q < slot && other == key; });
-  rank = sum_of_four(rank);
+  rank = warp_sum<4>(rank);
   const int id = key * kMaxSlots + rank / columns;  // of the group
   const bool starts = expert >= 0 && rank % columns == 0;
   if (one) g.starts[slot] = starts ? id : -1;
   const int routed = __syncthreads_count(starts && one);
   int first = 0, before = 0;
   each_of_four(g.starts, pairs, part, [&](int q, int other) { first += other == id ? q : 0; });
-  first = sum_of_four(first);
+  first = warp_sum<4>(first);
   each_of_four(g.starts, pairs, part, [&](int q, int other) { before += q < first && other >= 0; });
-  before = sum_of_four(before);
+  before = warp_sum<4>(before);
   if (one && expert >= 0) {
     const int group = of_shared + before;
     g.member[group][rank % columns] = uint8_t(slot);

@@ -236,8 +236,8 @@ DSV4_D uint32_t lane_id() { return threadIdx.x & 31u; }
 DSV4_D uint32_t warp_id() { return threadIdx.x >> 5; }
 
 // Over groups of `width` consecutive lanes (a power of two); all 32 lanes must take part.
-template <int width = 32>
-DSV4_D float warp_sum(float x) {
+template <int width = 32, class T>
+DSV4_D T warp_sum(T x) {
 #pragma unroll
   for (int offset = width / 2; offset; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
   return x;
